@@ -1,0 +1,189 @@
+"""Sets the far part's gate and weight from the teacher's attention, without gradients, one layer in memory at a time.
+
+For every layer the teacher's attention output on calibration text is the target. Each key-value head gets the
+half-life, and each query head the log-weight of its far part, that bring the layer nearest to it; "off" is among the
+candidates, and a candidate must not be worse than the window alone in any range of positions. So calibration cannot
+make a head's output on its text worse than the window's. Matching the teacher's attention mass instead makes long
+texts far worse: mass is not output error.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unspool.batch import StepContext, step_context
+from unspool.config import UnspoolConfig
+from unspool.decoder import Block
+from unspool.far import FarFeatures, gate_logit
+from unspool.mixer import SMALLEST_MASS, Heads, LinearizedAttention
+from unspool.mixer_spec import MixerSpec
+from unspool.rotary import Rotary
+
+HALF_LIVES = (64.0, 256.0, 1024.0)
+BIASES = tuple(half / 2 for half in range(-12, 9))
+"""Log-weights to try. Above 4 the far part fits the calibration text's own subject and other texts lose."""
+OFF = -20.0
+"""The log-weight of a far part that calibration found no use for."""
+
+LoadTensor = Callable[[str], Tensor]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The new parameters by full name, float32, and what was chosen for each layer."""
+
+    tensors: dict[str, Tensor]
+    report: dict[str, Any]
+
+
+def initial_parameters(config: UnspoolConfig) -> dict[str, Tensor]:
+    """The new parameters as they are before any calibration."""
+    tensors: dict[str, Tensor] = {}
+    for layer, spec in enumerate(config.mixer_specs()):
+        if spec.has_state:
+            tensors |= _named(layer, FarFeatures(config, spec))
+    return tensors
+
+
+@torch.inference_mode()
+def calibrate(config: UnspoolConfig, load: LoadTensor, tokens: Tensor, progress: Progress) -> Calibration:
+    """Calibrates on tokens [sequences, length]. `load` gives the converted model's tensors by name, `progress` is told
+    (layers done, layers). Layers whose gate is no learned scalar keep their published constants.
+
+    Sequences no longer than the near set have no far tokens: they leave every far part off.
+    """
+    rotary = Rotary(config)
+    context = step_context((tokens.shape[0], tokens.shape[1]), rotary, torch.float32, tokens.device)
+    x = F.embedding(tokens, load("model.embed_tokens.weight").float())
+    tensors: dict[str, Tensor] = {}
+    reports: list[dict[str, Any]] = []
+    for layer, spec in enumerate(config.mixer_specs()):
+        block = _load_block(config, spec, layer, load)
+        heads = block.self_attn.project(block.input_layernorm(x))
+        target = teacher_attention(heads, context)
+        if block.self_attn.far is not None:
+            if spec.join == "disjoint" and spec.gate in ("scalar", "fixed"):
+                reports.append({"layer": layer} | _calibrate_layer(block.self_attn, heads, target, context))
+            tensors |= _named(layer, block.self_attn.far)
+        x = block.feed_forward(x + block.self_attn.project_out(target, x.dtype))
+        progress(layer + 1, config.num_hidden_layers)
+    report = {"sequences": tokens.shape[0], "length": tokens.shape[1], "layers": reports}
+    return Calibration(tensors, report)
+
+
+def teacher_attention(heads: Heads, context: StepContext) -> Tensor:
+    """Full causal softmax attention [B, T, H_kv, G, D]: what the layer computed before its conversion."""
+    q, k = context.query.apply(heads.q), context.query.apply(heads.k)
+    kv_heads, group = q.shape[2:4]
+    keys, values = (x.transpose(1, 2).repeat_interleave(group, dim=1) for x in (k, heads.v))
+    output = F.scaled_dot_product_attention(q.flatten(2, 3).transpose(1, 2), keys, values, is_causal=True)
+    return output.transpose(1, 2).unflatten(2, (kv_heads, group))
+
+
+def _named(layer: int, far: FarFeatures) -> dict[str, Tensor]:
+    prefix = f"model.layers.{layer}.self_attn.far."
+    return {prefix + name: parameter.detach().float() for name, parameter in far.named_parameters()}
+
+
+def _load_block(config: UnspoolConfig, spec: MixerSpec, layer: int, load: LoadTensor) -> Block:
+    """One layer with the teacher's weights in float32 and initial far parameters."""
+    with torch.device("meta"):
+        block = Block(config, spec)
+    weights = {
+        name: load(f"model.layers.{layer}.{name}").float()
+        for name, _ in block.named_parameters()
+        if not name.startswith("self_attn.far.")
+    }
+    block.load_state_dict(weights, strict=False, assign=True)
+    if block.self_attn.far is not None:
+        block.self_attn.far = FarFeatures(config, spec)
+    return block
+
+
+class _OutputError(NamedTuple):
+    """The squared output error of near + p (far - near) as near + 2 p cross + p^2 difference, each [B, T, H_kv, G]."""
+
+    near: Tensor
+    cross: Tensor
+    difference: Tensor
+    log_odds: Tensor
+    """Far minus near log-mass, before the bias: p = sigmoid(log_odds + bias)."""
+
+    def at(self, bias: float) -> Tensor:
+        share = (self.log_odds + bias).sigmoid()
+        return self.near + share * (2 * self.cross + share * self.difference)
+
+
+def _calibrate_layer(mixer: LinearizedAttention, heads: Heads, target: Tensor, context: StepContext) -> dict[str, Any]:
+    """Searches half-lives and biases, sets the best, and says what they were."""
+    assert mixer.far is not None
+    far, spec = mixer.far, mixer.spec
+    first, length = spec.window + spec.sinks, heads.q.shape[1]
+    ranges = list(_position_ranges(first, length))
+    best_error = torch.full((mixer.num_kv_heads,), torch.inf)
+    best_half_life = torch.full((mixer.num_kv_heads,), HALF_LIVES[-1])
+    best_bias = torch.full((mixer.num_kv_heads, mixer.group), OFF)
+    window_error = torch.zeros(mixer.num_kv_heads)
+    for half_life in HALF_LIVES if ranges else ():
+        far.gate_bias.fill_(gate_logit(half_life))
+        parts = _output_error(mixer, heads, target, context)
+        window_error = torch.stack([_sum_range(parts.near, part) for part in ranges]).sum(0).sum(-1)
+        error, bias = _best_bias(parts, ranges)
+        better = error.sum(-1) < best_error
+        best_error = torch.where(better, error.sum(-1), best_error)
+        best_half_life = torch.where(better, half_life, best_half_life)
+        best_bias = torch.where(better[:, None], bias, best_bias)
+    per_kv = torch.tensor([gate_logit(float(half_life)) for half_life in best_half_life])
+    far.gate_bias.copy_(per_kv.repeat_interleave(far.gate_bias.numel() // per_kv.numel()))
+    far.bias.copy_(best_bias.flatten())
+    share = float(best_error.sum() / window_error.sum()) if ranges else 1.0
+    return {"half_life": best_half_life.tolist(), "bias": best_bias.flatten().tolist(), "error_of_window_only": share}
+
+
+def _position_ranges(first: int, length: int) -> Iterator[tuple[int, int]]:
+    """Doubling ranges of positions from the first that has far tokens."""
+    low, high = first, 512
+    while low < length:
+        while high < low + first // 2:
+            high *= 2
+        yield low, min(high, length)
+        low, high = high, high * 2
+
+
+def _sum_range(error: Tensor, positions: tuple[int, int]) -> Tensor:
+    """Sums [B, T, H_kv, G] over sequences and a range of positions."""
+    return error[:, positions[0] : positions[1]].sum((0, 1))
+
+
+def _best_bias(parts: _OutputError, ranges: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """The least error and its bias [H_kv, G], among those not worse than the window alone in any range, and OFF."""
+    window = torch.stack([_sum_range(parts.near, positions) for positions in ranges])
+    best, chosen = window.sum(0), torch.full(window.shape[1:], OFF)
+    for bias in BIASES:
+        by_range = torch.stack([_sum_range(parts.at(bias), positions) for positions in ranges])
+        better = (by_range <= window).all(0) & (by_range.sum(0) < best)
+        best, chosen = torch.where(better, by_range.sum(0), best), torch.where(better, bias, chosen)
+    return best, chosen
+
+
+def _output_error(mixer: LinearizedAttention, heads: Heads, target: Tensor, context: StepContext) -> _OutputError:
+    """How far the layer is from the target after the output projection, as a function of the far part's share."""
+    near, far = mixer.attend_both(heads, context)
+    mass = far[..., -1].clamp_min(SMALLEST_MASS)
+    weight = mixer.o_proj.weight.unflatten(1, (mixer.num_kv_heads, mixer.group, -1))  # [hidden, H_kv, G, D]
+    gram = torch.einsum("nhgd,nhge->hgde", weight, weight)
+    off_near = near.values - target
+    off_far = far[..., :-1] / mass[..., None] - near.values
+    near_image = torch.einsum("bthgd,hgde->bthge", off_near, gram)
+    far_image = torch.einsum("bthgd,hgde->bthge", off_far, gram)
+    return _OutputError(
+        (near_image * off_near).sum(-1),
+        (near_image * off_far).sum(-1),
+        (far_image * off_far).sum(-1),
+        mass.log() - near.log_mass,
+    )

@@ -1,0 +1,12 @@
+"""Joins two shards of one softmax by their log-masses: the combine of Aaren's (m, u, w) scan (arXiv 2405.13956)."""
+
+from torch import Tensor
+
+
+def merge(near: Tensor, near_log_mass: Tensor, far: Tensor, far_log_mass: Tensor) -> Tensor:
+    """(1 - p) near + p far with p = sigmoid(far_log_mass - near_log_mass): values [..., V], log-masses [...].
+
+    A far log-mass of -inf gives exactly the near shard.
+    """
+    share = (far_log_mass - near_log_mass).sigmoid()[..., None]
+    return near + share * (far - near)

@@ -1,0 +1,218 @@
+"""An engine in this process, and text from it: what the command-line verbs share. Knows no terminal."""
+
+import argparse
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+import torch
+
+from unspool.engine import Engine, EngineOptions
+from unspool.errors import UserError
+from unspool.flags import add_flags, from_flags
+from unspool.loading import LoadedModel, load
+from unspool.requests import EngineDead, EngineEvent, FinishEvent, GenerationRequest, SamplingParams, TokenEvent
+from unspool.text import TextStream
+
+REQUEST_ID = "local"
+
+MODEL_SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalOptions:
+    """Where and how the model runs."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "number format of the weights; auto keeps the checkpoint's"}
+    )
+    device: str = field(default="cpu", metadata={"help": "where to run, such as cpu or cuda"})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads; PyTorch's own choice if not given"})
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise ValueError("threads: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRequest:
+    """A prompt's tokens and how to continue them as text. `mid_text`: the answer goes on where the prompt ends, rather
+    than being a text of its own, so a space at its beginning counts."""
+
+    prompt: Sequence[int]
+    max_tokens: int
+    sampling: SamplingParams
+    stop: Sequence[str] = ()
+    mid_text: bool = False
+
+
+@dataclass(frozen=True)
+class GenerationSummary:
+    """What a finished generation came to. `prompt_seconds` lasts until the first token."""
+
+    finish_reason: Literal["stop", "length", "cancelled"]
+    prompt_tokens: int
+    generated_tokens: int
+    seconds: float
+    prompt_seconds: float
+
+    def __str__(self) -> str:
+        decode_seconds = self.seconds - self.prompt_seconds
+        rate = f", {(self.generated_tokens - 1) / decode_seconds:.1f} tokens/s" if self.generated_tokens > 1 else ""
+        return (
+            f"{self.prompt_tokens} prompt tokens read in {self.prompt_seconds:.2f} s; "
+            f"{self.generated_tokens} tokens generated in {decode_seconds:.2f} s{rate}; {self.finish_reason}"
+        )
+
+
+class LocalEngine:
+    """A loaded model behind an engine of one slot. A context manager: the engine's thread ends with it."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+        self.engine = Engine(loaded.model, EngineOptions(max_slots=1))
+
+    @classmethod
+    def open(cls, path: str, options: LocalOptions) -> Self:
+        """Loads the model. Raises UserError for what is no converted model and for a device that is not there."""
+        _check_device(options.device)
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+        return cls(load(path, dtype=dtype, device=options.device))
+
+    def __enter__(self) -> Self:
+        self.engine.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.shutdown()
+
+    def sampling_defaults(self) -> Mapping[str, Any]:
+        """The sampling settings of the model's generation_config.json, if that asks for sampling; else none."""
+        config = self.loaded.model.generation_config
+        if not config.do_sample:
+            return {}
+        values = {name: getattr(config, name) for name in MODEL_SAMPLING_FIELDS}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def generate(self, request: TextRequest) -> "TextGeneration":
+        """Submits a request. Only one may run at a time. Raises InvalidRequest and EngineDead."""
+        stream = TextStream(
+            self.loaded.tokenizer, request.stop, context=tuple(request.prompt) if request.mid_text else ()
+        )
+        return TextGeneration(self.engine, stream, self.loaded.eos_ids, request)
+
+
+class TextGeneration:
+    """One running generation: iterate over its pieces of text, as they come; then read `summary`."""
+
+    def __init__(self, engine: Engine, stream: TextStream, stop_ids: frozenset[int], request: TextRequest) -> None:
+        self._engine = engine
+        self._stream = stream
+        self._stop_ids = stop_ids
+        self._events: queue.SimpleQueue[EngineEvent] = queue.SimpleQueue()
+        self._started = time.perf_counter()
+        self._first_token: float | None = None
+        self._last: FinishEvent | None = None
+        self._ended = threading.Event()
+        self._summary: GenerationSummary | None = None
+        engine.submit(
+            GenerationRequest(
+                request_id=REQUEST_ID,
+                prompt=tuple(request.prompt),
+                max_tokens=request.max_tokens,
+                sampling=request.sampling,
+                stop_ids=stop_ids,
+            ),
+            self._receive,
+        )
+
+    @property
+    def summary(self) -> GenerationSummary:
+        assert self._summary is not None, "the generation has not finished"
+        return self._summary
+
+    def __iter__(self) -> Iterator[str]:
+        """Pieces of text. Raises EngineDead when the engine fails; leaving early does not stop it: see `cancel`."""
+        while self._summary is None:
+            piece = self._take(self._events.get())
+            if piece:
+                yield piece
+
+    def cancel(self) -> None:
+        """Stops the generation and waits until the engine is free again. Nothing more comes out."""
+        self._engine.cancel(REQUEST_ID)
+        self._ended.wait()
+        # Not from the queue: an interrupt may have lost the event that was being taken out.
+        if self._summary is None:
+            assert self._last is not None
+            self._finish(self._last)
+
+    def _receive(self, event: EngineEvent) -> None:
+        """The engine's thread calls this."""
+        self._events.put(event)
+        if isinstance(event, FinishEvent):
+            self._last = event
+            self._ended.set()
+
+    def _take(self, event: EngineEvent) -> str:
+        if isinstance(event, FinishEvent):
+            rest = self._stream.finish()
+            self._finish(event)
+            return rest
+        if not isinstance(event, TokenEvent):
+            return ""
+        self._first_token = self._first_token or time.perf_counter()
+        if event.token in self._stop_ids or self._stream.stopped:
+            return ""
+        piece = self._stream.push(event.token)
+        if self._stream.stopped:
+            self._engine.cancel(REQUEST_ID)
+        return piece
+
+    def _finish(self, event: FinishEvent) -> None:
+        if event.reason == "error":
+            raise EngineDead(event.error or "the engine failed")
+        now = time.perf_counter()
+        self._summary = GenerationSummary(
+            finish_reason="stop" if self._stream.stopped else event.reason,
+            prompt_tokens=event.prompt_tokens,
+            generated_tokens=event.generated_tokens,
+            seconds=now - self._started,
+            prompt_seconds=(self._first_token or now) - self._started,
+        )
+
+
+def add_local_flags(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
+    """The arguments that say which model runs here, and how: read them with `open_engine` and `sampling_params`."""
+    parser.add_argument("model", metavar="DST", help="directory that `unspool convert` wrote")
+    parser.add_argument(
+        "--max-tokens", type=int, default=max_tokens, metavar="COUNT", help=f"tokens to generate at most ({max_tokens})"
+    )
+    sampling = parser.add_argument_group(
+        "sampling",
+        "What is not given comes from the model's generation_config.json if that says do_sample, "
+        "else it is the default below.",
+    )
+    add_flags(sampling, SamplingParams)
+    add_flags(parser.add_argument_group("machine"), LocalOptions)
+
+
+def open_engine(args: argparse.Namespace) -> LocalEngine:
+    return LocalEngine.open(args.model, from_flags(args, LocalOptions))
+
+
+def sampling_params(args: argparse.Namespace, engine: LocalEngine) -> SamplingParams:
+    return from_flags(args, SamplingParams, engine.sampling_defaults())
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built for the device
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {device!r} cannot be used: {reason}; try --device cpu") from error

@@ -1,0 +1,229 @@
+"""The token mixer of a converted layer: exact softmax over the near set, a gated state for what left it, their join.
+
+One module for every preset; `MixerSpec` says which kernel, gate, feature map and join it runs. See `docs/layer.md`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from unspool.batch import StepContext
+from unspool.config import UnspoolConfig
+from unspool.far import FarFeatures
+from unspool.mixer_spec import MixerSpec
+from unspool.norm import RMSNorm
+from unspool.state import LayerState
+from unspool_kernels.reference import gated_state, ring_window, slot_memory
+from unspool_kernels.reference.merge import merge
+
+SMALLEST_MASS = 1e-30
+
+
+class Heads(NamedTuple):
+    """A layer's projections: q [B, T, H_kv, G, D], k and v [B, T, H_kv, D]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class NearPart(NamedTuple):
+    """The near set's attention, and the rotated keys and values [B, T, H_kv, D] that left it at each token."""
+
+    output: ring_window.NearOutput
+    left_keys: Tensor
+    left_values: Tensor
+
+
+class LinearizedAttention(nn.Module):
+    """x [B, T, hidden] to [B, T, hidden]; reads and advances the slots that the context names."""
+
+    def __init__(self, config: UnspoolConfig, spec: MixerSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.num_kv_heads = config.num_key_value_heads
+        self.group = config.num_attention_heads // config.num_key_value_heads
+        hidden, channels = config.hidden_size, config.head_dim
+        queries, keys = config.num_attention_heads * channels, config.num_key_value_heads * channels
+        self.q_proj = nn.Linear(hidden, queries, bias=config.attention_bias)
+        self.k_proj = nn.Linear(hidden, keys, bias=config.attention_bias)
+        self.v_proj = nn.Linear(hidden, keys, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, hidden, bias=config.attention_out_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(channels, config.rms_norm_eps)
+            self.k_norm = RMSNorm(channels, config.rms_norm_eps)
+        self.far = FarFeatures(config, spec) if spec.has_state else None
+
+    def forward(self, x: Tensor, context: StepContext, state: LayerState | None = None) -> Tensor:
+        return self.project_out(self.mix(self.project(x), context, state), x.dtype)
+
+    def project(self, x: Tensor) -> Heads:
+        """Queries, keys and values before the rotation."""
+        q = self.q_proj(x).unflatten(-1, (self.num_kv_heads, self.group, -1))
+        k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, -1))
+        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, -1))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        return Heads(q, k, v)
+
+    def project_out(self, mixed: Tensor, dtype: torch.dtype) -> Tensor:
+        output: Tensor = self.o_proj(mixed.flatten(2).to(dtype))
+        return output
+
+    def mix(self, heads: Heads, context: StepContext, state: LayerState | None = None) -> Tensor:
+        """The mixed values [B, T, H_kv, G, D], before the output projection."""
+        if self.far is None:
+            return self.attend_near(heads, context, state).output.values
+        near, far = self.attend_both(heads, context, state)
+        if self.spec.join == "mixed":
+            return self.spec.mix * near.values + (1.0 - self.spec.mix) * far
+        return self.join_disjoint(near, far, context)
+
+    def attend_both(
+        self, heads: Heads, context: StepContext, state: LayerState | None = None
+    ) -> tuple[ring_window.NearOutput, Tensor]:
+        """The near part, and the state's read-out [B, T, H_kv, G, D], with its mass as one more channel where the
+        state is normalised."""
+        near = self.attend_near(heads, context, state)
+        mixed = self.spec.join == "mixed"
+        written = self._tokens_for_state(heads, context) if mixed else self._left_tokens(heads, near, context)
+        return near.output, self.read_state(heads.q, written, context, state)
+
+    def attend_near(self, heads: Heads, context: StepContext, state: LayerState | None) -> NearPart:
+        """Softmax over sinks and window; writes the tokens into the ring when there is a state."""
+        q, k = context.query.apply(heads.q), context.query.apply(heads.k)
+        sink_q = context.sink.apply(heads.q)
+        if state is not None and context.is_step:
+            return self._near_step(q, sink_q, k, heads.v, context, state)
+        return self._near_chunk(q, sink_q, k, heads.v, context, state)
+
+    def join_disjoint(self, near: ring_window.NearOutput, far: Tensor, context: StepContext) -> Tensor:
+        """Merges the near shard with the far one [B, T, H_kv, G, V + 1], whose last channel is its mass."""
+        assert self.far is not None
+        mass = far[..., -1].clamp_min(SMALLEST_MASS)
+        bias = self.far.bias.view(self.num_kv_heads, self.group)
+        has_far = context.positions - self.spec.window >= self.spec.sinks
+        far_log_mass = torch.where(has_far[..., None, None], mass.log() + bias, -torch.inf)
+        near_log_mass = near.log_mass - near.row_max if self.spec.near_mass == "row_max" else near.log_mass
+        return merge(near.values, near_log_mass, far[..., :-1] / mass[..., None], far_log_mass)
+
+    def read_state(self, q: Tensor, written: "StateTokens", context: StepContext, state: LayerState | None) -> Tensor:
+        """Folds `written` into the layer's state and reads it with q: [B, T, H_kv, G, V (+ 1)]."""
+        assert self.far is not None
+        q = written.keep_dtype(context.query.apply(q) if self.spec.state_rope else q)
+        if self.spec.state_heads == "q":
+            q = q.flatten(2, 3)[:, :, :, None]
+            written = written.repeat_heads(self.group)
+        log_decay = self.far.log_decay(written.gate_keys) * context.valid[..., None, None]
+        read = self._read_slots if self.spec.memory == "slots" else self._read_matrix
+        return read(q, written, log_decay, context, state).reshape(*q.shape[:2], self.num_kv_heads, self.group, -1)
+
+    def _read_matrix(
+        self, q: Tensor, written: "StateTokens", log_decay: Tensor, context: StepContext, state: LayerState | None
+    ) -> Tensor:
+        assert self.far is not None
+        q = self.far.query_features(q)
+        k = self.far.key_features(written.keys) * written.mask[..., None, None]
+        v = torch.cat([written.values, torch.ones_like(written.values[..., :1])], -1)
+        v = v if self.spec.normalized else written.values
+        if state is None:
+            start = q.new_zeros(q.shape[0], q.shape[2], v.shape[-1], k.shape[-1])
+            return gated_state.chunk(q, k, v, log_decay, start)[0]
+        assert context.rows is not None
+        start = context.rows.read(state["far"])
+        if context.is_step:
+            output, end = gated_state.step(q[:, 0], k[:, 0], v[:, 0], log_decay[:, 0], start)
+            output = output[:, None]
+        else:
+            output, end = gated_state.chunk(q, k, v, log_decay, start)
+        context.rows.write(state["far"], end)
+        return output
+
+    def _read_slots(
+        self, q: Tensor, written: "StateTokens", log_decay: Tensor, context: StepContext, state: LayerState | None
+    ) -> Tensor:
+        k, v, scale = written.keys, written.values, q.shape[-1] ** -0.5
+        if state is None:
+            empty = k.new_zeros(k.shape[0], k.shape[2], log_decay.shape[-1], k.shape[-1])
+            return slot_memory.chunk(q, k, v, log_decay, empty, empty, scale)[0]
+        assert context.rows is not None
+        slots = context.rows.read(state["slot_keys"]), context.rows.read(state["slot_values"])
+        if context.is_step:
+            output, *ends = slot_memory.step(q[:, 0], k[:, 0], v[:, 0], log_decay[:, 0], *slots, scale)
+            output = output[:, None]
+        else:
+            output, *ends = slot_memory.chunk(q, k, v, log_decay, *slots, scale)
+        context.rows.write(state["slot_keys"], ends[0])
+        context.rows.write(state["slot_values"], ends[1])
+        return output
+
+    def _tokens_for_state(self, heads: Heads, context: StepContext) -> "StateTokens":
+        keys = context.query.apply(heads.k) if self.spec.state_rope else heads.k
+        return StateTokens.of(keys, heads.v, context.valid, heads.k)
+
+    def _left_tokens(self, heads: Heads, near: NearPart, context: StepContext) -> "StateTokens":
+        window = self.spec.window
+        keys = near.left_keys
+        if not self.spec.state_rope:
+            keys = context.unrotate_leaving(window).apply(keys)
+        has_left = context.valid & (context.positions - window >= self.spec.sinks)
+        return StateTokens.of(keys, near.left_values, has_left, heads.k)
+
+    def _near_step(
+        self, q: Tensor, sink_q: Tensor, k: Tensor, v: Tensor, context: StepContext, state: LayerState
+    ) -> NearPart:
+        assert context.rows is not None
+        keys, values = context.rows.read(state["near_keys"]), context.rows.read(state["near_values"])
+        position = context.positions[:, 0]
+        row = ring_window.row_of(position, self.spec.window, self.spec.sinks)
+        sequence = torch.arange(row.shape[0], device=row.device)
+        left_keys, left_values = keys[sequence, :, row], values[sequence, :, row]
+        keys[sequence, :, row], values[sequence, :, row] = k[:, 0].to(keys.dtype), v[:, 0].to(values.dtype)
+        output = ring_window.step(q[:, 0], sink_q[:, 0], keys, values, position, self.spec.sinks)
+        context.rows.write(state["near_keys"], keys)
+        context.rows.write(state["near_values"], values)
+        return NearPart(output, left_keys[:, None], left_values[:, None])
+
+    def _near_chunk(
+        self, q: Tensor, sink_q: Tensor, k: Tensor, v: Tensor, context: StepContext, state: LayerState | None
+    ) -> NearPart:
+        window, sinks, tokens = self.spec.window, self.spec.sinks, k.shape[1]
+        if state is None:
+            past = ring_window.empty_history(k, window, sinks)
+        else:
+            assert context.rows is not None
+            keys, values = context.rows.read(state["near_keys"]), context.rows.read(state["near_values"])
+            past = ring_window.read_history(keys, values, context.start, window, sinks)
+        history = ring_window.with_new_sinks(past, k, v, context.start, context.length)
+        output = ring_window.chunk(q, sink_q, k, v, history, context.start)
+        if state is not None and context.rows is not None:
+            ring_window.write(keys, values, k, v, context.start, context.length, sinks)
+            context.rows.write(state["near_keys"], keys)
+            context.rows.write(state["near_values"], values)
+        left_keys = torch.cat([past.keys.transpose(1, 2), k], dim=1)[:, :tokens]
+        left_values = torch.cat([past.values.transpose(1, 2), v], dim=1)[:, :tokens]
+        return NearPart(output, left_keys, left_values)
+
+
+class StateTokens(NamedTuple):
+    """What the state is given at each token: keys and values [B, T, H, D] where the mask [B, T] is set, and the key of
+    the token itself, which the gate reads. Float32 or wider."""
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor
+    gate_keys: Tensor
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, mask: Tensor, gate_keys: Tensor) -> "StateTokens":
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        return cls(keys.to(dtype), values.to(dtype), mask, gate_keys.to(dtype))
+
+    def keep_dtype(self, q: Tensor) -> Tensor:
+        return q.to(self.values.dtype)
+
+    def repeat_heads(self, group: int) -> "StateTokens":
+        """One state per query head: each key-value head's tokens, once for every query that reads them."""
+        keys, values, gate_keys = (x.repeat_interleave(group, dim=2) for x in (self.keys, self.values, self.gate_keys))
+        return StateTokens(keys, values, self.mask, gate_keys)

@@ -1,0 +1,144 @@
+"""Slots: what every layer carries from token to token, for a fixed number of sequences, in tensors that never grow."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from unspool.config import UnspoolConfig
+from unspool.mixer_spec import MixerSpec
+
+LayerState = dict[str, Tensor]
+"""One layer's state by name, each tensor [slots, heads, ...]: near_keys and near_values [., H_kv, M + W, D]; far
+[., H, V (+ 1), K] V-first with its normaliser as the last row, or slot_keys and slot_values [., H, M, D]."""
+
+
+class TensorSpec(NamedTuple):
+    """One sequence's tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def layer_state_specs(config: UnspoolConfig, spec: MixerSpec, dtype: torch.dtype) -> dict[str, TensorSpec]:
+    """The tensors of one layer for one sequence. The near set has the model's dtype; what is summed over time is
+    float32 (float64 in a float64 model)."""
+    near = TensorSpec((config.num_key_value_heads, spec.sinks + spec.window, config.head_dim), dtype)
+    specs = {"near_keys": near, "near_values": near}
+    summed = torch.promote_types(dtype, torch.float32)
+    heads, channels = state_heads(config, spec), config.head_dim
+    if spec.has_state and spec.memory == "slots":
+        slot = TensorSpec((heads, spec.num_slots or channels, channels), summed)
+        specs |= {"slot_keys": slot, "slot_values": slot}
+    elif spec.has_state:
+        rows = channels + int(spec.normalized)
+        specs["far"] = TensorSpec((heads, rows, feature_size(config, spec)), summed)
+    return specs
+
+
+def state_heads(config: UnspoolConfig, spec: MixerSpec) -> int:
+    return config.num_key_value_heads if spec.state_heads == "kv" else config.num_attention_heads
+
+
+def feature_size(config: UnspoolConfig, spec: MixerSpec) -> int:
+    """Features per head of the far part's queries and keys."""
+    return config.head_dim * (2 if spec.feature_map == "hedgehog" else 1)
+
+
+def state_bytes(config: UnspoolConfig, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of state per sequence, at any length."""
+    layers = (layer_state_specs(config, spec, dtype) for spec in config.mixer_specs())
+    return sum(tensor.num_bytes for layer in layers for tensor in layer.values())
+
+
+def kv_cache_bytes(config: UnspoolConfig, tokens: int, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes that the teacher's key-value cache takes at that length."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize * tokens
+
+
+class SlotRows:
+    """Reads and writes chosen slots of a pool's tensors; neighbouring slots are viewed in place, others copied."""
+
+    def __init__(self, slots: Sequence[int], device: torch.device) -> None:
+        first = slots[0]
+        in_order = list(slots) == list(range(first, first + len(slots)))
+        self._range = slice(first, first + len(slots)) if in_order else None
+        self._index = torch.tensor(slots, device=device)
+
+    def read(self, pool: Tensor) -> Tensor:
+        """The chosen rows [B, ...]: a view when `is_view`, else a copy."""
+        return pool[self._range] if self._range is not None else pool.index_select(0, self._index)
+
+    def write(self, pool: Tensor, rows: Tensor) -> None:
+        """Stores rows that `read` gave, or new ones; costs nothing for rows that are still the pool's own memory."""
+        if self._range is None:
+            pool.index_copy_(0, self._index, rows)
+        elif rows.data_ptr() != pool[self._range].data_ptr():
+            pool[self._range] = rows
+
+
+@dataclass(frozen=True)
+class SlotSnapshot:
+    """A copy of one slot: its position and every layer's tensors."""
+
+    position: int
+    layers: tuple[LayerState, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer.values())
+
+
+class StatePool:
+    """State tensors for `num_slots` sequences, allocated once. A slot is zeroed before it is lent again."""
+
+    def __init__(self, config: UnspoolConfig, num_slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self.layers: tuple[LayerState, ...] = tuple(
+            {
+                name: torch.zeros(num_slots, *shape, dtype=tensor_dtype, device=self.device)
+                for name, (shape, tensor_dtype) in layer_state_specs(config, spec, dtype).items()
+            }
+            for spec in config.mixer_specs()
+        )
+        self.positions: list[int] = [0] * num_slots
+        """Tokens that each slot has consumed."""
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.positions)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer.values())
+
+    def clear(self, slot: int) -> None:
+        """Zeroes a slot, so that nothing of its last sequence is left."""
+        self.positions[slot] = 0
+        for layer in self.layers:
+            for tensor in layer.values():
+                tensor[slot].zero_()
+
+    def snapshot(self, slot: int) -> SlotSnapshot:
+        layers = tuple({name: tensor[slot].clone() for name, tensor in layer.items()} for layer in self.layers)
+        return SlotSnapshot(self.positions[slot], layers)
+
+    def restore(self, slot: int, snapshot: SlotSnapshot) -> None:
+        self.positions[slot] = snapshot.position
+        for layer, saved in zip(self.layers, snapshot.layers, strict=True):
+            for name, tensor in layer.items():
+                tensor[slot].copy_(saved[name])
+
+    def reorder(self, source: Tensor) -> None:
+        """Slot i takes what slot source[i] held, for every i at once."""
+        self.positions = [self.positions[i] for i in source.tolist()]
+        for layer in self.layers:
+            for name, tensor in layer.items():
+                layer[name] = tensor.index_select(0, source.to(tensor.device))
