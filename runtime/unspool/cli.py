@@ -21,6 +21,7 @@ SUMMARIES = {
     "generate": "continue a text",
     "chat": "talk to a model in the terminal",
     "serve": "answer the OpenAI HTTP API",
+    "bench": "measure speed and memory as ratios of one run",
 }
 
 FAILURE, USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 1, 2, 128 + 2, 128 + 13

@@ -18,7 +18,6 @@ from unspool.requests import (
     MAX_LOGPROBS,
     EngineBusy,
     EngineDead,
-    EngineEvent,
     EventSink,
     FinishEvent,
     FinishReason,
@@ -204,7 +203,7 @@ class Engine:
         with self._changed:
             self._waiting.popleft()
         if sequence.request.prompt_logprobs is not None:
-            self._send(sequence, PromptEvent(sequence.request.request_id, tuple(sequence.prompt_logprobs)))
+            sequence.sink(PromptEvent(sequence.request.request_id, tuple(sequence.prompt_logprobs)))
         if sequence.request.max_tokens == 0:
             self._finish(sequence, "length")
             return
@@ -214,12 +213,16 @@ class Engine:
     def _produce(self, sequence: _Sequence, logits: Tensor) -> None:
         """Chooses a sequence's next token, reports it, and ends the sequence if that was its last."""
         request = sequence.request
-        token = sequence.sampler.sample(logits)
+        try:
+            token = sequence.sampler.sample(logits)
+        except FloatingPointError as error:  # this sequence's own numbers: the others go on
+            self._finish(sequence, "error", str(error))
+            return
         sequence.next_token = token
         sequence.generated += 1
         wanted = request.logprobs
         scores = token_logprobs(logits, token, wanted) if wanted is not None else None
-        self._send(sequence, TokenEvent(request.request_id, token, scores))
+        sequence.sink(TokenEvent(request.request_id, token, scores))
         if token in request.stop_ids:
             self._finish(sequence, "stop")
         elif sequence.generated >= request.max_tokens:
@@ -238,7 +241,7 @@ class Engine:
             self._free.append(sequence.slot)
             sequence.slot = -1
         event = FinishEvent(request.request_id, reason, len(request.prompt), sequence.generated, error)
-        self._send(sequence, event)
+        sequence.sink(event)
 
     def _fail_all(self) -> None:
         with self._changed:
@@ -249,6 +252,3 @@ class Engine:
                 self._finish(sequence, "cancelled")
             else:
                 self._finish(sequence, "error", f"the engine failed: {type(self._failure).__name__}")
-
-    def _send(self, sequence: _Sequence, event: EngineEvent) -> None:
-        sequence.sink(event)

@@ -1,7 +1,8 @@
-"""An engine in this process, and text from it: what the command-line verbs share. Knows no terminal."""
+"""An engine in this process, and text from it: what the command-line verbs share. Writes nothing itself."""
 
 import argparse
 import queue
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from unspool.engine import Engine, EngineOptions
 from unspool.errors import UserError
@@ -203,6 +205,10 @@ def add_local_flags(parser: argparse.ArgumentParser, *, max_tokens: int) -> None
 
 
 def open_engine(args: argparse.Namespace) -> LocalEngine:
+    """Raises UserError as `LocalEngine.open` does, and before it loads anything for flags that cannot be right."""
+    from_flags(args, SamplingParams)
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     return LocalEngine.open(args.model, from_flags(args, LocalOptions))
 
 

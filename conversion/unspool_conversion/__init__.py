@@ -1,0 +1,1 @@
+"""Unspool's conversion side: checkpoint in, checkpoint out."""

@@ -1,0 +1,141 @@
+"""One conversion from source to destination: plan, calibrate, write, describe; whole or not at all."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import unspool
+from unspool.errors import UserError
+from unspool_conversion.calibration import calibrate, initial_parameters
+from unspool_conversion.mapped_tensors import MappedTensors, check_tied_head
+from unspool_conversion.options import ConvertOptions
+from unspool_conversion.plan import ConversionPlan, plan_conversion
+from unspool_conversion.reports import save_report, write_model_card
+from unspool_conversion.sources import open_source
+from unspool_conversion.staging import check_destination, staged_directory
+from unspool_conversion.tensor_source import TensorSource
+from unspool_conversion.texts import calibration_tokens, text_name
+from unspool_conversion.writer import split_into_shards, write_shards
+
+
+@dataclass(frozen=True)
+class PlannedConversion:
+    """An opened source and the account of its conversion."""
+
+    source: TensorSource
+    plan: ConversionPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Whom to tell: `calibrated` of layers done and all layers, `written` of bytes done and all bytes."""
+
+    calibrated: Callable[[int, int], None]
+    written: Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ConversionResult:
+    """A finished conversion."""
+
+    destination: Path
+    plan: ConversionPlan
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _NewParameters:
+    tensors: dict[str, Tensor]
+    report: dict[str, Any]
+
+
+def prepare(options: ConvertOptions) -> PlannedConversion:
+    """Opens the source and accounts for every tensor; writes nothing. Raises UserError when it cannot be converted."""
+    source = open_source(options.source, options.revision)
+    return PlannedConversion(source, plan_conversion(source, options))
+
+
+SILENT = Progress(calibrated=lambda done, total: None, written=lambda done, total: None)
+
+
+def convert(options: ConvertOptions, progress: Progress = SILENT) -> ConversionResult:
+    """Writes the converted model to `options.destination`.
+
+    Raises UserError for an input that cannot be converted, a destination that may not be replaced, or a full disk;
+    then, as after any failure, the destination is as it was before.
+    """
+    prepared = prepare(options)
+    source, plan = prepared.source, prepared.plan
+    destination = options.destination.expanduser()
+    _check_apart(source, destination)
+    check_destination(destination, plan.num_bytes, overwrite=options.overwrite)
+    check_tied_head(source, plan)
+    mapped = MappedTensors(source, plan)
+    with staged_directory(destination, plan.num_bytes) as staging:
+        source.write_side_files(staging)
+        tokenizer = _load_tokenizer(staging, plan)
+        new = _new_parameters(options, plan, mapped, tokenizer, progress)
+        shards = split_into_shards(plan.tensors, options.max_shard_bytes)
+        write_shards(staging, shards, lambda name: _tensor(name, new, mapped), progress.written)
+        plan.config.save_pretrained(staging)
+        report = {"name": destination.name} | _report(source, plan, new.report)
+        save_report(staging, report)
+        write_model_card(staging, report)
+    return ConversionResult(destination, plan, report)
+
+
+def _check_apart(source: TensorSource, destination: Path) -> None:
+    for path in source.weight_files():
+        if destination.resolve() in (path.resolve(), *path.resolve().parents, *path.absolute().parents):
+            raise UserError(f"{destination} holds the source's {path.name}; choose another destination")
+
+
+def _load_tokenizer(directory: Path, plan: ConversionPlan) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise UserError(f"the source's tokenizer cannot be loaded: {error}") from error
+    if (largest := max(tokenizer.get_vocab().values(), default=-1)) >= plan.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has token {largest} and the model's vocab_size is {plan.config.vocab_size}; "
+            "the two do not belong together"
+        )
+    return tokenizer
+
+
+def _new_parameters(
+    options: ConvertOptions,
+    plan: ConversionPlan,
+    mapped: MappedTensors,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress,
+) -> _NewParameters:
+    if options.calibration.enabled and plan.new:
+        tokens = calibration_tokens(options.calibration, tokenizer)
+        calibration = calibrate(plan.config, mapped.load, tokens, progress.calibrated)
+        described = {"enabled": True, "text": text_name(options.calibration), "tokens": tokens.numel()}
+        return _NewParameters(calibration.tensors, described | calibration.report)
+    return _NewParameters(initial_parameters(plan.config), {"enabled": False})
+
+
+def _tensor(name: str, new: _NewParameters, mapped: MappedTensors) -> Tensor:
+    return new.tensors[name] if name in new.tensors else mapped.load(name)
+
+
+def _report(source: TensorSource, plan: ConversionPlan, calibration: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "unspool_version": unspool.__version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "source": source.provenance(),
+        "architecture": plan.config.base_model_type,
+        "linearize": plan.config.linearize,
+        "exact_tokens": plan.exact_tokens,
+        "accounting": plan.accounting(),
+        "sizes": plan.sizes(),
+        "calibration": calibration,
+    }

@@ -1,0 +1,31 @@
+"""How long a conversion will take, guessed from this machine's matrix product and the plan; only ever an estimate."""
+
+import time
+
+import torch
+
+from unspool_conversion.plan import ConversionPlan
+
+_PROBE_SIZE = 768
+_PROBE_SECONDS = 0.25
+_CALIBRATION_FORWARDS = 4.0
+"""A calibration's cost in forward passes over its text: the teacher's pass, and the search in every layer."""
+_BYTES_PER_SECOND = 3e8
+"""Reading, converting and writing weights, and reading the source once more for its checksum."""
+
+
+def estimate_seconds(plan: ConversionPlan, calibration_tokens: int) -> float:
+    """Seconds of calibration and copying, to a factor of about two."""
+    forward = 2.0 * plan.num_parameters * calibration_tokens / _measure_flops()
+    return _CALIBRATION_FORWARDS * forward + 2.0 * plan.num_bytes / _BYTES_PER_SECOND
+
+
+def _measure_flops() -> float:
+    """Floating-point operations per second of a float32 matrix product with torch's present thread count."""
+    x = torch.full((_PROBE_SIZE, _PROBE_SIZE), 1e-3)
+    torch.mm(x, x)
+    start, products = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - start) < _PROBE_SECONDS:
+        torch.mm(x, x)
+        products += 1
+    return 2.0 * _PROBE_SIZE**3 * products / elapsed

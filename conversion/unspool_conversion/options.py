@@ -1,0 +1,112 @@
+"""What a conversion is asked to do, and what that means for each layer."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from unspool.config import linearize_block
+from unspool.errors import UserError
+from unspool.mixer_spec import PRESETS, MixerSpec
+
+OutputDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+_LAYER_RANGE = re.compile(r"(\d+)(?:-(\d+))?=(\d+)")
+
+
+class PerLayer(NamedTuple):
+    """A number for every layer, and the layers that have another: first layer, last layer, number."""
+
+    default: int | None
+    ranges: tuple[tuple[int, int, int], ...]
+
+
+def parse_per_layer(text: str) -> PerLayer:
+    """Reads `256`, or `256,0-3=512,7=64`, or only exceptions. Raises ValueError for anything else."""
+    default, ranges = None, []
+    for position, part in enumerate(text.split(",")):
+        if match := _LAYER_RANGE.fullmatch(part.strip()):
+            first, last = int(match[1]), int(match[2] or match[1])
+            if last < first:
+                raise ValueError(f"{part!r} ends before it begins")
+            ranges.append((first, last, int(match[3])))
+        elif position == 0 and part.strip().isdecimal():
+            default = int(part)
+        else:
+            raise ValueError(f"{part!r} is neither a number nor LAYER=NUMBER nor FIRST-LAST=NUMBER")
+    return PerLayer(default, tuple(ranges))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """Which text to calibrate on and how much of it."""
+
+    enabled: bool = True
+    text: Path | None = None
+    """Plain text or JSON lines, possibly gzipped; None is the text that ships with the package."""
+    sequences: int = 8
+    length: int = 1024
+
+    @property
+    def num_tokens(self) -> int:
+        return self.sequences * self.length if self.enabled else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """One conversion."""
+
+    source: str
+    destination: Path
+    revision: str | None = None
+    preset: str = "disjoint"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Fields of MixerSpec that every layer has instead of the preset's."""
+    window: PerLayer = PerLayer(None, ())
+    sinks: PerLayer = PerLayer(None, ())
+    dtype: OutputDtype = "auto"
+    max_shard_bytes: int = 2_000_000_000
+    overwrite: bool = False
+    calibration: CalibrationOptions = CalibrationOptions()
+
+    def linearize(self, teacher_windows: Sequence[int | None]) -> dict[str, Any]:
+        """The `linearize` block for a teacher whose layers have these windows.
+
+        A layer whose own window fits into the near set is kept as it is. Raises UserError for an unknown preset, a
+        layer that does not exist, or fields that no mixer has together.
+        """
+        if self.preset not in PRESETS:
+            raise UserError(f"preset {self.preset!r} is not known; choose from {', '.join(PRESETS)}")
+        try:
+            default = PRESETS[self.preset].replace(**self.overrides | _defaults(self.window, self.sinks))
+            layers = {
+                layer: self._layer(default, layer, window, len(teacher_windows))
+                for layer, window in enumerate(teacher_windows)
+            }
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self._check_ranges(len(teacher_windows))
+        return linearize_block(self.preset, default, {layer: changes for layer, changes in layers.items() if changes})
+
+    def _layer(self, default: MixerSpec, layer: int, teacher_window: int | None, layers: int) -> dict[str, Any]:
+        changes = {
+            name: number
+            for name, numbers in (("window", self.window), ("sinks", self.sinks))
+            for first, last, number in numbers.ranges
+            if first <= layer <= last
+        }
+        spec = default.replace(**changes)
+        if teacher_window is not None and teacher_window <= spec.window + spec.sinks:
+            spec = spec.replace(join="window", window=teacher_window, sinks=0)
+        return {name: value for name, value in spec.to_dict().items() if value != getattr(default, name)}
+
+    def _check_ranges(self, layers: int) -> None:
+        for _, last, _ in (*self.window.ranges, *self.sinks.ranges):
+            if last >= layers:
+                raise UserError(f"layer {last} does not exist; the model has layers 0 to {layers - 1}")
+
+
+def _defaults(window: PerLayer, sinks: PerLayer) -> dict[str, int]:
+    numbers = {"window": window.default, "sinks": sinks.default}
+    return {name: number for name, number in numbers.items() if number is not None}

@@ -1,0 +1,170 @@
+"""The files that say what a converted model is and how it was made: `conversion_report.json` and the model card."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from unspool.errors import UserError
+
+REPORT = "conversion_report.json"
+MODEL_CARD = "README.md"
+SCHEMA_VERSION = 1
+
+
+def save_report(directory: Path, report: dict[str, Any]) -> None:
+    """Writes the report of a converted model, replacing the old one in one step."""
+    text = json.dumps({"schema_version": SCHEMA_VERSION} | report, indent=2, sort_keys=False, allow_nan=False) + "\n"
+    _replace_text(directory / REPORT, text)
+
+
+def load_report(directory: Path) -> dict[str, Any]:
+    """The report of a converted model. Raises UserError when there is none, or one of another schema."""
+    path = directory / REPORT
+    if not path.is_file():
+        raise UserError(f"{directory} has no {REPORT}; pass a directory that `unspool convert` wrote")
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); convert the model again") from error
+    version = report.get("schema_version") if isinstance(report, dict) else None
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{path} has schema_version {version!r} and this version reads {SCHEMA_VERSION}; convert again")
+    assert isinstance(report, dict)
+    return report
+
+
+def write_model_card(directory: Path, report: dict[str, Any]) -> None:
+    """Writes the model card from a report.
+
+    Its measurements are `report["verification"]`, which `unspool verify` adds.
+    """
+    sections = (
+        _front_matter(report),
+        _introduction(report),
+        _layers_section(report["linearize"]),
+        _sizes_section(report["sizes"]),
+        _calibration_section(report["calibration"]),
+        _measurements_section(report.get("verification")),
+        _use_section(),
+    )
+    _replace_text(directory / MODEL_CARD, "\n".join(sections))
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; numbers with a fraction are shown to four significant digits."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join("| " + " | ".join(_cell(value) for value in line) + " |\n" for line in lines)
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+
+
+def _replace_text(path: Path, text: str) -> None:
+    new = path.with_name(f".{path.name}.new")
+    try:
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _front_matter(report: dict[str, Any]) -> str:
+    source = report["source"]
+    fields = {"library_name": "unspool", "pipeline_tag": "text-generation"}
+    if "revision" in source:
+        fields["base_model"] = source["source"]
+    if "license" in source:
+        fields["license"] = source["license"]
+    lines = [f"{name}: {json.dumps(value)}" for name, value in fields.items()]
+    return "\n".join(["---", *lines, "tags: [unspool, recurrent, linear-attention]", "---", ""])
+
+
+def _introduction(report: dict[str, Any]) -> str:
+    source = report["source"]
+    origin = source["source"] if "revision" in source else Path(source["source"]).name
+    files = markdown_table(
+        ["file", "bytes", "SHA-256"],
+        [[file["name"], file["bytes"], file["sha256"]] for file in source["files"]],
+    )
+    return (
+        f"# {report['name']}\n\n"
+        f"A gated recurrent model, converted from `{origin}` ({report['architecture']}, {source['format']}) by Unspool "
+        f"{report['unspool_version']} on {report['created']}. Its memory and time per token do not grow with the "
+        f"length of the text. {_exactness(report['exact_tokens'])}\n\n{files}"
+    )
+
+
+def _exactness(tokens: int | None) -> str:
+    if tokens is None:
+        return "At every length it computes what the source model computes."
+    if tokens == 0:
+        return "It approximates the source model at every length."
+    return f"Up to {tokens} tokens it computes what the source model computes; beyond them it approximates it."
+
+
+def _layers_section(linearize: dict[str, Any]) -> str:
+    exceptions = "".join(
+        f"- layer {layer}: {', '.join(f'{name} {value}' for name, value in fields.items())}\n"
+        for layer, fields in linearize["layers"].items()
+    )
+    settings = markdown_table(["setting", "value"], list(linearize["default"].items()))
+    different = f"\nLayers that differ:\n\n{exceptions}" if exceptions else ""
+    return f"## Layers\n\nPreset `{linearize['preset']}`.\n\n{settings}{different}"
+
+
+def _sizes_section(sizes: dict[str, Any]) -> str:
+    return "## Sizes\n\n" + markdown_table(
+        ["", ""],
+        [
+            ["parameters", sizes["parameters"]],
+            ["of these added by the conversion", sizes["new_parameters"]],
+            ["bytes of weights", sizes["weight_bytes"]],
+            ["dtype", sizes["dtype"]],
+            ["bytes of state per session, at any length", sizes["state_bytes_per_session"]],
+            ["bytes of the source model's key-value cache per token", sizes["teacher_cache_bytes_per_token"]],
+        ],
+    )
+
+
+def _calibration_section(calibration: dict[str, Any]) -> str:
+    if not calibration["enabled"]:
+        return "## Calibration\n\nNone: the added parameters have their initial values.\n"
+    tokens, text = calibration["tokens"], calibration["text"]
+    return f"## Calibration\n\nThe added parameters were fitted on {tokens} tokens of {text}.\n"
+
+
+def _measurements_section(verification: dict[str, Any] | None) -> str:
+    if verification is None:
+        return "## Measurements\n\nNot verified yet: `unspool verify` compares the model with its source.\n"
+    return "## Measurements\n\n" + describe_verification(verification)
+
+
+def describe_verification(verification: dict[str, Any]) -> str:
+    """The outcome of `unspool verify` in sentences and a table, as Markdown."""
+    exactness, chunking, table = verification["exactness"], verification["chunking"], verification["table"]
+    near = (
+        f"On {exactness['tokens']} tokens, which fit the near set, logits differ from the source model's by "
+        f"{exactness['relative_difference']:.1e} of the largest, and greedy text is "
+        f"{'the same' if exactness['same_greedy_tokens'] else 'different'}"
+    )
+    claim = "." if exactness["claimed"] else " (this layer does not claim to be the source's)."
+    split = max(chunking["by_steps"], chunking["by_uneven_chunks"])
+    return (
+        f"{near}{claim} Reading {chunking['tokens']} tokens at once, one by one or in uneven chunks gives logits "
+        f"within {split:.1e}.\n\n{verification['sequences']} texts of {verification['length']} tokens from "
+        f"{verification['text']}:\n\n{markdown_table(table['columns'], table['rows'])}"
+    )
+
+
+def _use_section() -> str:
+    return (
+        "## Use\n\n"
+        "```sh\nunspool chat DIRECTORY\n```\n\n"
+        "```python\n"
+        "import unspool\n"
+        "from transformers import AutoModelForCausalLM\n\n"
+        "model = AutoModelForCausalLM.from_pretrained(DIRECTORY)\n"
+        "```\n"
+    )

@@ -1,0 +1,154 @@
+"""The verb `serve`: flags and keys in, an exit code out. Loads the model while the server already tells its health."""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import uvicorn
+
+from unspool.engine import Engine, EngineOptions
+from unspool.errors import UserError
+from unspool.flags import add_flags, from_flags
+from unspool.loading import load
+from unspool.local import LocalOptions
+from unspool_server.app import create_app
+from unspool_server.keys import read_keys
+from unspool_server.service import Backend, ServedModel, Service
+from unspool_server.settings import ServerSettings
+
+# For telling clients that the time is up, before uvicorn breaks their connections off.
+LAST_WORDS_SECONDS = 5
+
+logger = logging.getLogger("uvicorn.error")
+
+
+def add_serve(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    """Adds the verb's arguments, and returns what runs it until SIGTERM or SIGINT."""
+    parser.add_argument("model", metavar="DST", type=Path, help="directory that `unspool convert` wrote")
+    add_flags(parser.add_argument_group("server"), ServerSettings)
+    keys = parser.add_argument_group(
+        "keys", "Without a flag the key is taken from UNSPOOL_API_KEY. Flags can be read in the list of processes."
+    ).add_mutually_exclusive_group()
+    keys.add_argument("--api-key", action="append", metavar="KEY", help="a key that opens the server; may be repeated")
+    keys.add_argument("--api-key-file", type=Path, metavar="PATH", help="file with one key a line")
+    add_flags(parser.add_argument_group("engine"), EngineOptions)
+    add_flags(parser.add_argument_group("hardware"), LocalOptions)
+    return run_serve
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    api_keys = read_keys(args.api_key, args.api_key_file, os.environ)
+    settings = from_flags(args, ServerSettings, api_keys=api_keys)
+    start = ModelStart(
+        args.model, settings.served_model_name, from_flags(args, EngineOptions), from_flags(args, LocalOptions)
+    )
+    return serve(settings, start)
+
+
+@dataclass(frozen=True)
+class ModelStart:
+    """Which model to start an engine on, and how."""
+
+    path: Path
+    name: str | None
+    engine: EngineOptions
+    hardware: LocalOptions
+
+    def __call__(self) -> Backend:
+        """Loads the model and starts its engine. Raises UserError when the directory holds no converted model."""
+        if self.hardware.threads is not None:
+            torch.set_num_threads(self.hardware.threads)
+        dtype = None if self.hardware.dtype == "auto" else getattr(torch, self.hardware.dtype)
+        loaded = load(self.path, dtype=dtype, device=self.hardware.device)
+        engine = Engine(loaded.model, self.engine)
+        engine.start()
+        served = ServedModel(self.name or loaded.name, loaded.tokenizer, loaded.eos_ids)
+        return Backend(served, engine, self.engine.max_slots, self.engine.max_queue)
+
+
+class GracefulServer(uvicorn.Server):
+    """Lets answers finish after a signal; those that take too long are ended with an error that says why."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        cut_off = asyncio.create_task(self._cut_off())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            cut_off.cancel()
+
+    async def _cut_off(self) -> None:
+        await asyncio.sleep(self._service.settings.shutdown_timeout)
+        await asyncio.to_thread(self._service.shutdown)
+
+
+class Startup(threading.Thread):
+    """Starts the backend beside the running server, and stops the server if that fails."""
+
+    def __init__(self, start: Callable[[], Backend], service: Service, server: uvicorn.Server) -> None:
+        super().__init__(name="unspool-startup", daemon=True)
+        self.failure: Exception | None = None
+        self._start = start
+        self._service = service
+        self._server = server
+
+    def run(self) -> None:
+        try:
+            backend = self._start()
+        except Exception as error:  # it is raised again by whoever joins
+            self.failure = error
+            self._server.should_exit = True
+            return
+        self._service.open(backend)
+        logger.info("serving %s", backend.model.name)
+
+
+def serve(settings: ServerSettings, start: Callable[[], Backend]) -> int:
+    """Serves until a signal ends it, then lets answers in flight finish. Returns 1 if the engine died, else 0.
+
+    Raises UserError when the address cannot be listened on, and whatever `start` raises.
+    """
+    listener = _listen(settings)
+    service = Service(settings)
+    server = GracefulServer(_uvicorn_config(service, settings), service)
+    startup = Startup(start, service, server)
+    # uvicorn handles the signal and raises it again when all is done; that must not be what ends the process.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    startup.start()
+    host, port = listener.getsockname()[:2]
+    logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    server.run([listener])
+    if startup.failure is not None:
+        raise startup.failure
+    return 1 if service.died else 0
+
+
+def _listen(settings: ServerSettings) -> socket.socket:
+    """A bound socket, so that a taken port is known before a model is loaded for it."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        raise UserError(f"cannot listen on {settings.host} port {settings.port}: {error.strerror}") from error
+
+
+def _uvicorn_config(service: Service, settings: ServerSettings) -> uvicorn.Config:
+    return uvicorn.Config(
+        create_app(service),
+        ws="none",
+        log_level=settings.log_level,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=settings.shutdown_timeout + LAST_WORDS_SECONDS,
+    )

@@ -1,0 +1,129 @@
+"""POST /v1/completions: prompts as text or tokens, OpenAI's legacy log-probabilities."""
+
+import asyncio
+import time
+import uuid
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from unspool.requests import GenerationRequest, TokenLogprobs
+from unspool.text import TextStream, encode_prompt
+from unspool_server.answers import Answer, respond
+from unspool_server.bodies import describe_body, read_body
+from unspool_server.choices import Choice, Piece, ScoredToken
+from unspool_server.fields import Prompt
+from unspool_server.limits import check_output_tokens, check_prompt_count, check_scores, check_tokens
+from unspool_server.schemas import CompletionBody
+from unspool_server.service import Backend, service_of
+from unspool_server.settings import ServerSettings
+from unspool_server.vocabulary import TextOffsets, Vocabulary, finite
+
+router = APIRouter()
+
+
+@router.post("/v1/completions", openapi_extra=describe_body(CompletionBody))
+async def create_completion(request: Request) -> Response:
+    """Continues one or several prompts."""
+    service = service_of(request)
+    body = await read_body(request, CompletionBody)
+    backend = service.backend_of(body.model)
+    check_prompt_count(len(body.prompt), service.settings)
+    backend.generations.check_room(len(body.prompt))
+    answer = await asyncio.to_thread(prepare_completion, body, backend, service.settings)
+    return await respond(request, body, answer, backend.generations)
+
+
+def prepare_completion(body: CompletionBody, backend: Backend, settings: ServerSettings) -> Answer:
+    """Tokenises the prompts and checks what they ask for. Raises InvalidRequest."""
+    reply = CompletionFormat(backend.model.name, backend.vocabulary, body.logprobs is not None)
+    check_output_tokens(body.output_tokens(), settings)
+    prompts = [_tokens(prompt, backend, settings) for prompt in body.prompt]
+    if body.echo and body.logprobs is not None:
+        check_scores(prompts, body.logprobs)
+    sampling, stop_ids = body.sampling(), body.stop_ids(backend.model.eos_ids)
+    requests = [
+        GenerationRequest(
+            request_id=f"{reply.id}-{index}",
+            prompt=prompt,
+            max_tokens=body.output_tokens(),
+            sampling=sampling,
+            stop_ids=stop_ids,
+            logprobs=body.logprobs,
+            prompt_logprobs=body.logprobs if body.echo else None,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+    choices = [_choice(index, request, body, backend) for index, request in enumerate(requests)]
+    return Answer(choices, reply)
+
+
+def _tokens(prompt: Prompt, backend: Backend, settings: ServerSettings) -> tuple[int, ...]:
+    tokens = tuple(encode_prompt(backend.model.tokenizer, prompt)) if isinstance(prompt, str) else prompt
+    check_tokens("prompt", tokens, settings)
+    return tokens
+
+
+def _choice(index: int, request: GenerationRequest, body: CompletionBody, backend: Backend) -> Choice:
+    echo = _echo(body.prompt[index], backend) if body.echo else ""
+    stream = TextStream(backend.model.tokenizer, body.stop, context=request.prompt)
+    return Choice(index, request, stream, TextOffsets(backend.vocabulary, echo), echo)
+
+
+def _echo(prompt: Prompt, backend: Backend) -> str:
+    """The prompt as it was sent; of tokens, all that they stand for."""
+    if isinstance(prompt, str):
+        return prompt
+    text = backend.model.tokenizer.decode(list(prompt), clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
+class CompletionFormat:
+    """OpenAI's text_completion object."""
+
+    def __init__(self, model: str, vocabulary: Vocabulary, logprobs: bool) -> None:
+        self.id = f"cmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._model = model
+        self._vocabulary = vocabulary
+        self._logprobs = logprobs
+
+    def envelope(self, choices: list[dict[str, Any]], *, streamed: bool) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+        }
+
+    def opening(self, choice: Choice) -> dict[str, Any] | None:
+        return None
+
+    def delta(self, choice: Choice, piece: Piece) -> dict[str, Any]:
+        return self.whole(choice, piece)
+
+    def whole(self, choice: Choice, piece: Piece) -> dict[str, Any]:
+        return {
+            "text": piece.text,
+            "index": choice.index,
+            "logprobs": self._token_lists(piece.tokens) if self._logprobs else None,
+            "finish_reason": piece.finish_reason,
+        }
+
+    def _token_lists(self, tokens: tuple[ScoredToken, ...]) -> dict[str, Any]:
+        text = self._vocabulary.token_text
+        return {
+            "tokens": [text(scored.token) for scored in tokens],
+            "token_logprobs": [scored.logprobs and finite(scored.logprobs.logprob) for scored in tokens],
+            "top_logprobs": [scored.logprobs and self._best(scored.token, scored.logprobs) for scored in tokens],
+            "text_offset": [scored.offset for scored in tokens],
+        }
+
+    def _best(self, token: int, logprobs: TokenLogprobs) -> dict[str, float]:
+        """The most likely tokens and the one that is there. Of tokens with the same text the likelier one counts."""
+        best: dict[str, float] = {}
+        for candidate, logprob in (*logprobs.top, (token, logprobs.logprob)):
+            best.setdefault(self._vocabulary.token_text(candidate), finite(logprob))
+        return best

@@ -1,0 +1,82 @@
+"""What the routes serve: nothing while the model loads, then one model behind one engine."""
+
+import time
+from dataclasses import dataclass
+from http import HTTPStatus
+
+from fastapi import Request
+from transformers import PreTrainedTokenizerBase
+
+from unspool.requests import EngineDead
+from unspool_server.errors import ApiError, unavailable
+from unspool_server.generations import GenerationEngine, Generations
+from unspool_server.settings import ServerSettings
+from unspool_server.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model's name in the API, its tokenizer, and the tokens that end its texts."""
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: frozenset[int]
+
+
+class Backend:
+    """A model that is ready to be asked. Its engine runs `max_slots` generations and lets `max_queue` wait."""
+
+    def __init__(self, model: ServedModel, engine: GenerationEngine, max_slots: int, max_queue: int) -> None:
+        self.model = model
+        self.engine = engine
+        self.generations = Generations(engine, max_slots, max_queue)
+        self.vocabulary = Vocabulary(model.tokenizer)
+        self.created = int(time.time())
+
+
+class Service:
+    """Holds the backend once there is one. `open` may be called from any thread."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self.settings = settings
+        self.died = False
+        """Whether the engine had stopped before it was told to."""
+        self._backend: Backend | None = None
+        self._ended = False
+
+    def open(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def shutdown(self) -> None:
+        """Ends the engine; whatever is in flight is cancelled."""
+        if self._backend is not None and not self._ended:
+            self._ended = True
+            self.died = self.failed
+            self._backend.engine.shutdown()
+
+    @property
+    def failed(self) -> bool:
+        """Whether there was an engine and it has stopped."""
+        return self._backend is not None and not self._backend.engine.alive
+
+    def ready_backend(self) -> Backend:
+        """Raises ApiError (503) while the model loads, EngineDead when the engine has stopped."""
+        if self._backend is None:
+            raise unavailable("the model is loading; try again later", "loading")
+        if self.failed:
+            raise EngineDead("the engine has stopped")
+        return self._backend
+
+    def backend_of(self, model: str) -> Backend:
+        """The backend that serves `model`. Raises ApiError (404) when that is another."""
+        backend = self.ready_backend()
+        if model != backend.model.name:
+            message = "model: there is no such model; GET /v1/models lists what is served"
+            raise ApiError(HTTPStatus.NOT_FOUND, message, param="model", code="model_not_found")
+        return backend
+
+
+def service_of(request: Request) -> Service:
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service

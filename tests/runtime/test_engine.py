@@ -1,0 +1,241 @@
+"""The engine on a tiny model: results alone and together, limits, cancellation, failure, and constant state."""
+
+import queue
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from unspool import UnspoolConfig, UnspoolForCausalLM
+from unspool.config import linearize_block
+from unspool.engine import Engine, EngineOptions
+from unspool.mixer_spec import PRESETS
+from unspool.requests import (
+    EngineBusy,
+    EngineDead,
+    EngineEvent,
+    FinishEvent,
+    GenerationRequest,
+    InvalidRequest,
+    PromptEvent,
+    SamplingParams,
+    TokenEvent,
+)
+
+GREEDY = SamplingParams(temperature=0.0)
+VOCABULARY = 64
+
+
+@pytest.fixture(scope="module")
+def model() -> UnspoolForCausalLM:
+    torch.manual_seed(1)
+    config = UnspoolConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.4,
+        linearize=linearize_block("test", PRESETS["disjoint"].replace(window=8, far_bias=0.0), {}),
+    )
+    return UnspoolForCausalLM(config).eval()
+
+
+@pytest.fixture
+def engine(model: UnspoolForCausalLM) -> Iterator[Engine]:
+    running = Engine(model, EngineOptions(max_slots=3, prefill_chunk=7))
+    running.start()
+    yield running
+    running.shutdown()
+
+
+class Answer:
+    """Collects one request's events."""
+
+    def __init__(self) -> None:
+        self._events: queue.SimpleQueue[EngineEvent] = queue.SimpleQueue()
+        self.events: list[EngineEvent] = []
+
+    def __call__(self, event: EngineEvent) -> None:
+        self._events.put(event)
+
+    def next(self) -> EngineEvent:
+        self.events.append(self._events.get(timeout=60))
+        return self.events[-1]
+
+    def finish(self) -> FinishEvent:
+        while not isinstance(event := self.next(), FinishEvent):
+            pass
+        return event
+
+    @property
+    def tokens(self) -> list[int]:
+        return [event.token for event in self.events if isinstance(event, TokenEvent)]
+
+
+def request(name: str, length: int, **fields: object) -> GenerationRequest:
+    generator = torch.Generator().manual_seed(length)
+    prompt = torch.randint(VOCABULARY, (length,), generator=generator).tolist()
+    values: dict[str, object] = {"max_tokens": 12, "sampling": GREEDY} | fields
+    return GenerationRequest(request_id=name, prompt=tuple(prompt), **values)  # type: ignore[arg-type]
+
+
+def run(engine: Engine, *requests: GenerationRequest) -> list[Answer]:
+    answers = [Answer() for _ in requests]
+    for one, answer in zip(requests, answers, strict=True):
+        engine.submit(one, answer)
+    for answer in answers:
+        answer.finish()
+    return answers
+
+
+def test_greedy_tokens_are_those_of_generate(engine: Engine, model: UnspoolForCausalLM) -> None:
+    one = request("a", 40)
+    (answer,) = run(engine, one)
+    expected = model.generate(torch.tensor([one.prompt]), max_new_tokens=12, do_sample=False)
+    assert answer.tokens == expected[0, 40:].tolist()
+    assert answer.events[-1] == FinishEvent("a", "length", 40, 12)
+
+
+def test_many_requests_together_give_what_each_gives_alone(engine: Engine) -> None:
+    requests = [request(f"r{n}", length) for n, length in enumerate([1, 5, 7, 8, 30, 50, 3])]
+    alone = [run(engine, one)[0].tokens for one in requests]
+    together = [answer.tokens for answer in run(engine, *requests)]
+    assert together == alone
+
+
+def test_a_seed_repeats_a_sample_whatever_else_runs(engine: Engine) -> None:
+    sampled = request("s", 9, sampling=SamplingParams(temperature=1.5, seed=7))
+    alone = run(engine, sampled)[0].tokens
+    together = run(engine, request("x", 4), sampled, request("y", 6))[1].tokens
+    assert together == alone
+
+
+def test_a_stop_token_ends_the_text_and_is_reported(engine: Engine) -> None:
+    tokens = run(engine, request("a", 20))[0].tokens
+    stop = tokens[3]
+    (answer,) = run(engine, request("a", 20, stop_ids=frozenset([stop])))
+    assert answer.tokens == tokens[: tokens.index(stop) + 1]
+    assert isinstance(answer.events[-1], FinishEvent)
+    assert answer.events[-1].reason == "stop"
+
+
+def test_log_probabilities_are_those_of_the_whole_text(engine: Engine, model: UnspoolForCausalLM) -> None:
+    one = request("a", 25, logprobs=2, prompt_logprobs=3, max_tokens=4)
+    (answer,) = run(engine, one)
+    prompt = next(event for event in answer.events if isinstance(event, PromptEvent))
+    text = [*one.prompt, *answer.tokens]
+    with torch.no_grad():
+        expected = model(torch.tensor([text])).logits[0].log_softmax(-1)
+    assert prompt.logprobs[0] is None
+    scores = [*prompt.logprobs[1:], *(event.logprobs for event in answer.events if isinstance(event, TokenEvent))]
+    assert len(scores) == len(text) - 1
+    for position, score in enumerate(scores):
+        assert score is not None
+        assert score.logprob == pytest.approx(float(expected[position, text[position + 1]]), abs=1e-4)
+        assert score.top[0][0] == int(expected[position].argmax())
+        assert len(score.top) == (3 if position < 24 else 2)
+
+
+def test_a_prompt_can_be_scored_without_generating(engine: Engine) -> None:
+    (answer,) = run(engine, request("a", 20, max_tokens=0, prompt_logprobs=0))
+    assert isinstance(answer.events[0], PromptEvent)
+    assert len(answer.events[0].logprobs) == 20
+    assert answer.events[1] == FinishEvent("a", "length", 20, 0)
+
+
+def test_a_cancelled_request_frees_its_slot(engine: Engine) -> None:
+    answers = [Answer() for _ in range(3)]
+    for number, answer in enumerate(answers):
+        engine.submit(request(f"long{number}", 5, max_tokens=1_000_000), answer)
+    waiting = Answer()
+    engine.submit(request("waiting", 5), waiting)
+    answers[1].next()
+    engine.cancel("long1")
+    assert answers[1].finish().reason == "cancelled"
+    assert waiting.finish().reason == "length"
+    engine.cancel("long0")
+    engine.cancel("long2")
+    assert [answers[n].finish().reason for n in (0, 2)] == ["cancelled", "cancelled"]
+    engine.cancel("never heard of")
+
+
+def test_a_full_queue_refuses(model: UnspoolForCausalLM) -> None:
+    engine = Engine(model, EngineOptions(max_slots=1, max_queue=1))
+    engine.start()
+    running, waiting = Answer(), Answer()
+    engine.submit(request("running", 5, max_tokens=1_000_000), running)
+    running.next()
+    engine.submit(request("waiting", 5), waiting)
+    with pytest.raises(EngineBusy):
+        engine.submit(request("too many", 5), Answer())
+    engine.shutdown()
+    assert running.finish().reason == "cancelled"
+    assert waiting.finish().reason == "cancelled"
+    with pytest.raises(EngineDead):
+        engine.submit(request("late", 5), Answer())
+
+
+def test_numbers_that_are_not_numbers_end_only_their_own_request(model: UnspoolForCausalLM) -> None:
+    config = model.config
+    broken = UnspoolForCausalLM(config).eval()
+    broken.load_state_dict(model.state_dict())
+    broken.model.embed_tokens.weight.data[3] = torch.nan
+    engine = Engine(broken)
+    engine.start()
+    bad = GenerationRequest(request_id="bad", prompt=(1, 3), sampling=GREEDY)
+    good = GenerationRequest(request_id="good", prompt=(1, 2), sampling=GREEDY, max_tokens=1)
+    first, second = run(engine, bad, good)
+    assert isinstance(first.events[-1], FinishEvent)
+    assert first.events[-1].reason == "error"
+    assert first.events[-1].error
+    assert isinstance(second.events[-1], FinishEvent)
+    assert second.events[-1].reason == "length"
+    assert engine.alive
+    engine.shutdown()
+
+
+def test_a_failing_model_ends_every_request_and_the_engine_says_so(model: UnspoolForCausalLM) -> None:
+    broken = UnspoolForCausalLM(model.config).eval()
+    broken.model.norm.weight = torch.nn.Parameter(torch.ones(5))  # the wrong size: every forward pass raises
+    engine = Engine(broken)
+    engine.start()
+    answer = Answer()
+    engine.submit(request("a", 5), answer)
+    assert answer.finish().reason == "error"
+    with pytest.raises(EngineDead):
+        for _ in range(100):
+            engine.submit(request("b", 5), answer)
+            answer.finish()
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"sampling": SamplingParams(logit_bias={VOCABULARY: 1.0})}, "logit_bias"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(engine: Engine, fields: dict[str, object], field: str) -> None:
+    with pytest.raises(InvalidRequest) as error:
+        engine.submit(request("a", 5, **fields), Answer())
+    assert error.value.field == field
+
+
+@pytest.mark.parametrize("prompt", [(), (-1,), (VOCABULARY,)])
+def test_a_prompt_outside_the_vocabulary_is_refused(engine: Engine, prompt: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidRequest, match="prompt"):
+        engine.submit(GenerationRequest(request_id="a", prompt=prompt), Answer())
+
+
+def test_an_id_in_flight_is_refused(engine: Engine) -> None:
+    answer = Answer()
+    engine.submit(request("same", 5, max_tokens=1_000_000), answer)
+    with pytest.raises(InvalidRequest, match="request_id"):
+        engine.submit(request("same", 5), Answer())
+    engine.cancel("same")
+    answer.finish()

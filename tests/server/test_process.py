@@ -1,0 +1,141 @@
+"""The server as a process: how it starts, ends, and frees what a client that leaves was using."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import ServerProcess
+
+Launch = Callable[..., AbstractContextManager["ServerProcess"]]
+LONG = {"model": "tiny", "prompt": "hello", "max_tokens": 1_000_000, "ignore_eos": True}
+SHORT = {"model": "tiny", "prompt": "hello", "max_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def one_slot(launch: Launch, checkpoint: Path) -> Iterator[ServerProcess]:
+    """A server on which a generation that goes on would keep all others waiting."""
+    with launch(str(checkpoint), "--max-slots", "1", "--max-queue", "3", "--max-output-tokens", "1000000") as server:
+        server.wait_until_ready()
+        yield server
+
+
+def seconds_of_a_short_request(server: ServerProcess) -> float:
+    started = time.monotonic()
+    assert httpx.post(f"{server.url}/v1/completions", json=SHORT, timeout=30).status_code == 200
+    return time.monotonic() - started
+
+
+def test_client_that_leaves_a_stream_frees_its_slot(one_slot: ServerProcess) -> None:
+    for _ in range(5):
+        with httpx.stream("POST", f"{one_slot.url}/v1/completions", json={**LONG, "stream": True}) as reply:
+            next(reply.iter_bytes())
+        assert seconds_of_a_short_request(one_slot) < 5
+
+
+def test_client_that_leaves_a_whole_reply_frees_its_slot(one_slot: ServerProcess) -> None:
+    for _ in range(5):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{one_slot.url}/v1/completions", json=LONG, timeout=0.3)
+        assert seconds_of_a_short_request(one_slot) < 5
+
+
+def test_stop_string_frees_the_slot_of_a_long_request(one_slot: ServerProcess) -> None:
+    letters = list("etaoinsrh lud")
+    reply = httpx.post(f"{one_slot.url}/v1/completions", json={**LONG, "stop": letters}, timeout=60)
+    assert reply.json()["choices"][0]["finish_reason"] == "stop"
+    assert seconds_of_a_short_request(one_slot) < 5
+
+
+def test_clients_that_leave_the_queue_give_up_their_place(one_slot: ServerProcess) -> None:
+    def leave(_: int) -> None:
+        with contextlib.suppress(httpx.ReadTimeout):
+            httpx.post(f"{one_slot.url}/v1/completions", json=LONG, timeout=0.5)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(leave, range(12)))
+    assert seconds_of_a_short_request(one_slot) < 5
+
+
+def test_request_beyond_the_queue_is_told_to_come_back(one_slot: ServerProcess) -> None:
+    body = {**LONG, "prompt": ["hello"] * 3, "stream": True}
+    with httpx.stream("POST", f"{one_slot.url}/v1/completions", json=body) as reply:
+        content = reply.iter_bytes()  # dropping it would close the connection
+        next(content)
+        refused = httpx.post(f"{one_slot.url}/v1/completions", json={**SHORT, "prompt": ["hello"] * 2})
+        assert refused.status_code == 503 and refused.headers["retry-after"]
+    assert seconds_of_a_short_request(one_slot) < 5
+
+
+def test_sigterm_lets_answers_finish_and_exits_with_zero(launch: Launch, checkpoint: Path) -> None:
+    with launch(str(checkpoint)) as server:
+        server.wait_until_ready()
+        body = {**LONG, "max_tokens": 300, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as reply:
+            content = reply.iter_text()
+            text = next(content)
+            server.process.send_signal(signal.SIGTERM)
+            text += "".join(content)
+        assert text.endswith("data: [DONE]\n\n") and text.count("data: ") > 100
+        assert server.process.wait(20) == 0
+
+
+def test_sigterm_ends_an_answer_without_end_by_an_error(launch: Launch, checkpoint: Path) -> None:
+    arguments = ("--max-output-tokens", "1000000", "--shutdown-timeout", "1")
+    with launch(str(checkpoint), *arguments) as server:
+        server.wait_until_ready()
+        with httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}) as reply:
+            content = reply.iter_bytes()
+            text = next(content)
+            server.process.send_signal(signal.SIGTERM)
+            text += b"".join(content)
+        assert b"shutting down" in text.strip().split(b"\n")[-1]
+        assert server.process.wait(20) == 0
+    assert "Traceback" not in "".join(server.log)
+
+
+def test_sigterm_before_the_model_is_loaded_exits_with_zero(launch: Launch, checkpoint: Path) -> None:
+    with launch(str(checkpoint)) as server:
+        server.wait_until_listening()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+
+
+def test_key_of_the_environment_guards_the_process(launch: Launch, checkpoint: Path) -> None:
+    environment = {"UNSPOOL_API_KEY": "the-key"}
+    with launch(str(checkpoint), "--served-model-name", "house/model", environment=environment) as server:
+        server.wait_until_ready()
+        assert httpx.get(f"{server.url}/v1/models").status_code == 401
+        with server.client("the-key") as client:
+            assert client.models.retrieve("house/model").id == "house/model"
+        assert "the-key" not in "".join(server.log)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{checkpoint}", "--host", "0.0.0.0"], "without a key"),
+        (["{checkpoint}", "--max-output-tokens", "0"], "max_output_tokens"),
+        (["{checkpoint}", "--host", "256.0.0.1", "--api-key", "k"], "cannot listen"),
+        (["{nowhere}"], "not a directory"),
+    ],
+)
+def test_what_cannot_be_served_ends_with_one_line(
+    launch: Launch, checkpoint: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    filled = [argument.format(checkpoint=checkpoint, nowhere=tmp_path / "none") for argument in arguments]
+    with launch(*filled) as server:
+        assert server.process.wait(60) == 2
+    errors = [line for line in server.log if line.startswith("error:")]
+    assert len(errors) == 1 and message in errors[0]
+    assert "Traceback" not in "".join(server.log)
