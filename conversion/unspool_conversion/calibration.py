@@ -7,7 +7,7 @@ make a head's output on its text worse than the window's. Matching the teacher's
 texts far worse: mass is not output error.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,8 +29,17 @@ BIASES = tuple(half / 2 for half in range(-12, 9))
 OFF = -20.0
 """The log-weight of a far part that calibration found no use for."""
 
-LoadTensor = Callable[[str], Tensor]
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What calibration reads: the converted model's configuration, its tensors by name, and each layer's own sliding
+    window in the teacher, where it has one."""
+
+    config: UnspoolConfig
+    load: Callable[[str], Tensor]
+    windows: Sequence[int | None]
 
 
 @dataclass(frozen=True)
@@ -51,21 +60,22 @@ def initial_parameters(config: UnspoolConfig) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def calibrate(config: UnspoolConfig, load: LoadTensor, tokens: Tensor, progress: Progress) -> Calibration:
-    """Calibrates on tokens [sequences, length]. `load` gives the converted model's tensors by name, `progress` is told
-    (layers done, layers). Layers whose gate is no learned scalar keep their published constants.
+def calibrate(teacher: Teacher, tokens: Tensor, progress: Progress) -> Calibration:
+    """Calibrates on tokens [sequences, length]; `progress` is told (layers done, layers). Layers whose gate is no
+    learned scalar keep their published constants.
 
     Sequences no longer than the near set have no far tokens: they leave every far part off.
     """
+    config = teacher.config
     rotary = Rotary(config)
     context = step_context((tokens.shape[0], tokens.shape[1]), rotary, torch.float32, tokens.device)
-    x = F.embedding(tokens, load("model.embed_tokens.weight").float())
+    x = F.embedding(tokens, teacher.load("model.embed_tokens.weight").float())
     tensors: dict[str, Tensor] = {}
     reports: list[dict[str, Any]] = []
     for layer, spec in enumerate(config.mixer_specs()):
-        block = _load_block(config, spec, layer, load)
+        block = _load_block(teacher, spec, layer)
         heads = block.self_attn.project(block.input_layernorm(x))
-        target = teacher_attention(heads, context)
+        target = teacher_attention(heads, context, teacher.windows[layer])
         if block.self_attn.far is not None:
             if spec.join == "disjoint" and spec.gate in ("scalar", "fixed"):
                 reports.append({"layer": layer} | _calibrate_layer(block.self_attn, heads, target, context))
@@ -76,13 +86,17 @@ def calibrate(config: UnspoolConfig, load: LoadTensor, tokens: Tensor, progress:
     return Calibration(tensors, report)
 
 
-def teacher_attention(heads: Heads, context: StepContext) -> Tensor:
-    """Full causal softmax attention [B, T, H_kv, G, D]: what the layer computed before its conversion."""
+def teacher_attention(heads: Heads, context: StepContext, window: int | None) -> Tensor:
+    """Causal softmax attention [B, T, H_kv, G, D] over the whole text or a window: the layer before its conversion."""
     q, k = context.query.apply(heads.q), context.query.apply(heads.k)
-    kv_heads, group = q.shape[2:4]
-    keys, values = (x.transpose(1, 2).repeat_interleave(group, dim=1) for x in (k, heads.v))
-    output = F.scaled_dot_product_attention(q.flatten(2, 3).transpose(1, 2), keys, values, is_causal=True)
-    return output.transpose(1, 2).unflatten(2, (kv_heads, group))
+    keys, values = (x.transpose(1, 2).repeat_interleave(q.shape[3], dim=1) for x in (k, heads.v))
+    queries, length = q.flatten(2, 3).transpose(1, 2), q.shape[1]
+    if window is None or window >= length:
+        output = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+    else:
+        visible = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+        output = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible)
+    return output.transpose(1, 2).reshape(q.shape)
 
 
 def _named(layer: int, far: FarFeatures) -> dict[str, Tensor]:
@@ -90,18 +104,18 @@ def _named(layer: int, far: FarFeatures) -> dict[str, Tensor]:
     return {prefix + name: parameter.detach().float() for name, parameter in far.named_parameters()}
 
 
-def _load_block(config: UnspoolConfig, spec: MixerSpec, layer: int, load: LoadTensor) -> Block:
+def _load_block(teacher: Teacher, spec: MixerSpec, layer: int) -> Block:
     """One layer with the teacher's weights in float32 and initial far parameters."""
     with torch.device("meta"):
-        block = Block(config, spec)
+        block = Block(teacher.config, spec)
     weights = {
-        name: load(f"model.layers.{layer}.{name}").float()
+        name: teacher.load(f"model.layers.{layer}.{name}").float()
         for name, _ in block.named_parameters()
         if not name.startswith("self_attn.far.")
     }
     block.load_state_dict(weights, strict=False, assign=True)
     if block.self_attn.far is not None:
-        block.self_attn.far = FarFeatures(config, spec)
+        block.self_attn.far = FarFeatures(teacher.config, spec)
     return block
 
 

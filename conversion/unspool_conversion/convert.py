@@ -1,7 +1,8 @@
 """One conversion from source to destination: plan, calibrate, write, describe; whole or not at all."""
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import unspool
+from unspool.config import UnspoolConfig
 from unspool.errors import UserError
-from unspool_conversion.calibration import calibrate, initial_parameters
+from unspool_conversion.calibration import Teacher, calibrate, initial_parameters
 from unspool_conversion.mapped_tensors import MappedTensors, check_tied_head
-from unspool_conversion.options import ConvertOptions
+from unspool_conversion.options import CalibrationOptions, ConvertOptions
 from unspool_conversion.plan import ConversionPlan, plan_conversion
 from unspool_conversion.reports import save_report, write_model_card
 from unspool_conversion.sources import open_source
@@ -21,6 +23,8 @@ from unspool_conversion.staging import check_destination, staged_directory
 from unspool_conversion.tensor_source import TensorSource
 from unspool_conversion.texts import calibration_tokens, text_name
 from unspool_conversion.writer import split_into_shards, write_shards
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -116,11 +120,26 @@ def _new_parameters(
     progress: Progress,
 ) -> _NewParameters:
     if options.calibration.enabled and plan.new:
-        tokens = calibration_tokens(options.calibration, tokenizer)
-        calibration = calibrate(plan.config, mapped.load, tokens, progress.calibrated)
+        tokens = calibration_tokens(_within_context(options.calibration, plan.config), tokenizer)
+        teacher = Teacher(plan.config, mapped.load, plan.teacher_windows)
+        calibration = calibrate(teacher, tokens, progress.calibrated)
         described = {"enabled": True, "text": text_name(options.calibration), "tokens": tokens.numel()}
         return _NewParameters(calibration.tensors, described | calibration.report)
     return _NewParameters(initial_parameters(plan.config), {"enabled": False})
+
+
+def _within_context(options: CalibrationOptions, config: UnspoolConfig) -> CalibrationOptions:
+    """Sequences no longer than the teacher was made for, with a warning when they have no far tokens."""
+    length = min(options.length, config.max_position_embeddings)
+    longest = max(spec.window + spec.sinks for spec in config.mixer_specs() if spec.has_state)
+    if length <= longest:
+        _log.warning(
+            "calibration sequences of %d tokens never leave a near set of %d: those layers' states stay off; pass a "
+            "larger --calibration-length or a smaller --window",
+            length,
+            longest,
+        )
+    return replace(options, length=length)
 
 
 def _tensor(name: str, new: _NewParameters, mapped: MappedTensors) -> Tensor:

@@ -45,8 +45,8 @@ class CalibrationOptions:
     enabled: bool = True
     text: Path | None = None
     """Plain text or JSON lines, possibly gzipped; None is the text that ships with the package."""
-    sequences: int = 8
-    length: int = 1024
+    sequences: int = 2
+    length: int = 2048
 
     @property
     def num_tokens(self) -> int:

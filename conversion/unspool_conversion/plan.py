@@ -59,6 +59,8 @@ class ConversionPlan:
     """The dtype that holds most of the weights, which `config.json` names."""
     exact_tokens: int | None
     """Tokens up to which the converted model computes what the teacher computes; None: any number."""
+    teacher_windows: tuple[int | None, ...]
+    """Each layer's own sliding window in the teacher, where it has one."""
 
     @property
     def sourced(self) -> tuple[PlannedTensor, ...]:
@@ -122,7 +124,8 @@ def plan_conversion(source: TensorSource, options: ConvertOptions) -> Conversion
         dtype = dtypes[mapped.name]
         tensors.append(PlannedTensor(name, mapped.name, mapped.transform, tuple(parameter.shape), dtype))
     config.dtype = _most_common(tensors)
-    return ConversionPlan(config, tuple(tensors), dropped, config.dtype, _exact_tokens(config, teacher))
+    exact_tokens = _exact_tokens(config, teacher)
+    return ConversionPlan(config, tuple(tensors), dropped, config.dtype, exact_tokens, tuple(teacher.windows))
 
 
 def _unspool_config(teacher: TeacherConfig, options: ConvertOptions) -> UnspoolConfig:

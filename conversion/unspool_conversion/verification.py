@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+
 from unspool.cache import UnspoolCache
 from unspool.config import UnspoolConfig, linearize_block
 from unspool.mixer_spec import MixerSpec
@@ -50,16 +51,10 @@ class Chunking(NamedTuple):
         return max(self.by_steps, self.by_uneven_chunks) <= TOLERANCE
 
 
-def claims_exactness(config: UnspoolConfig) -> bool:
-    """Whether every layer is the teacher's inside its near set. Layers whose state overlaps the window are not."""
-    return all(spec.join != "mixed" for spec in config.mixer_specs())
-
-
 @torch.inference_mode()
 def check_exactness(model: UnspoolForCausalLM, teacher: PreTrainedModel, tokens: Tensor) -> Exactness:
-    """Compares logits and greedy continuations on the first tokens [T] that fill the near set."""
-    length = min(model.config.near_tokens, tokens.shape[0])
-    prompt = tokens[None, :length]
+    """Compares logits and greedy continuations on tokens [T] that fit the near set."""
+    prompt, length = tokens[None], tokens.shape[0]
     expected = teacher(prompt, use_cache=False).logits
     difference = _relative_difference(model(prompt, use_cache=False).logits, expected)
     new_tokens = min(GREEDY_TOKENS, length // 2)
@@ -98,7 +93,8 @@ def window_only(model: UnspoolForCausalLM, *, equal_bytes: bool = False) -> Unsp
     weights = {name: tensor for name, tensor in model.state_dict().items() if ".far." not in name}
     variant.load_state_dict(weights, assign=True)
     variant.tie_weights()
-    return variant.eval()
+    variant.eval()  # type: ignore[no-untyped-call]  # transformers leaves it bare
+    return variant
 
 
 def _equal_bytes_window(config: UnspoolConfig, spec: MixerSpec) -> int:

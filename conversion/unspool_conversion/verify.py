@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from unspool.errors import UserError
-from unspool.loading import LoadedModel, load
 
+from unspool.errors import UserError
+from unspool.loading import load
+from unspool.model import UnspoolForCausalLM
 from unspool_conversion import verification
 from unspool_conversion.reports import describe_verification, load_report, save_report, write_model_card
 from unspool_conversion.texts import CHARACTERS_PER_TOKEN, cut_documents, read_documents
@@ -67,10 +68,15 @@ def verify(options: VerifyOptions) -> dict[str, Any]:
     report = load_report(options.model)
     loaded = load(options.model, dtype=torch.float32)
     limit = options.sequences * options.length * CHARACTERS_PER_TOKEN
-    sequences = cut_documents(
-        read_documents(options.text, limit), loaded.tokenizer, options.sequences, options.length
-    )
-    result = _run_checks(loaded, load_teacher(options.teacher), sequences, options)
+    sequences = cut_documents(read_documents(options.text, limit), loaded.tokenizer, options.sequences, options.length)
+    teacher = load_teacher(options.teacher)
+    if teacher.config.vocab_size != loaded.model.config.vocab_size:
+        raise UserError(
+            f"--teacher {options.teacher} has another vocabulary than {options.model}; name its own teacher"
+        )
+    result = {"text": options.text.name, "sequences": sequences.shape[0], "length": sequences.shape[1]}
+    result |= _check(loaded.model, teacher, sequences[0], report["exact_tokens"], options.parity_tokens)
+    result["table"] = _perplexities(loaded.model, teacher, sequences)
     report["verification"] = result
     save_report(options.model, report)
     write_model_card(options.model, report)
@@ -87,34 +93,27 @@ def load_teacher(source: str) -> PreTrainedModel:
         )
     except (OSError, ValueError) as error:
         raise UserError(f"--teacher {source}: {error}") from error
-    return teacher.eval()
+    teacher.eval()
+    return teacher
 
 
-def _run_checks(
-    loaded: LoadedModel, teacher: PreTrainedModel, sequences: Tensor, options: VerifyOptions
+def _check(
+    model: UnspoolForCausalLM, teacher: PreTrainedModel, tokens: Tensor, exact_tokens: int | None, parity_tokens: int
 ) -> dict[str, Any]:
-    model = loaded.model
-    if teacher.config.vocab_size != model.config.vocab_size:
-        raise UserError(
-            f"--teacher {options.teacher} has another vocabulary than {options.model}; name its own teacher"
-        )
-    exactness = verification.check_exactness(model, teacher, sequences[0])
-    chunking = verification.check_chunking(model, sequences[0, : options.parity_tokens])
-    claimed = verification.claims_exactness(model.config)
+    """The checks that pass or fail. `exact_tokens` is what the conversion claims; 0 claims nothing, None any length."""
+    near = exact_tokens or model.config.near_tokens
+    exactness = verification.check_exactness(model, teacher, tokens if exact_tokens is None else tokens[:near])
+    chunking = verification.check_chunking(model, tokens[:parity_tokens])
+    claimed = exact_tokens != 0
     return {
-        "text": options.text.name,
-        "sequences": sequences.shape[0],
-        "length": sequences.shape[1],
         "exactness": exactness._asdict() | {"claimed": claimed, "passed": exactness.passed},
         "chunking": chunking._asdict() | {"passed": chunking.passed},
-        "table": _perplexities(loaded, teacher, sequences),
         "passed": chunking.passed and (exactness.passed or not claimed),
     }
 
 
-def _perplexities(loaded: LoadedModel, teacher: PreTrainedModel, sequences: Tensor) -> dict[str, Any]:
+def _perplexities(model: UnspoolForCausalLM, teacher: PreTrainedModel, sequences: Tensor) -> dict[str, Any]:
     """The table of perplexities by position: each variant is built, scored and dropped before the next."""
-    model = loaded.model
     variants: dict[str, Callable[[], verification.Score]] = {
         "teacher": lambda: verification.score_teacher(teacher),
         "window-only": lambda: verification.score_converted(verification.window_only(model)),

@@ -76,7 +76,7 @@ class UnspoolConfig(PreTrainedConfig):
 
     @property
     def near_tokens(self) -> int:
-        """Tokens up to which every layer is exactly the teacher's: the smallest window + sinks."""
+        """Tokens that fit every layer's near set: the smallest window + sinks."""
         return min(spec.window + spec.sinks for spec in self.mixer_specs())
 
 

@@ -65,5 +65,6 @@ def _frequencies(config: UnspoolConfig) -> tuple[Tensor, float]:
     if rope_type in ("default", "dynamic"):
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
         return 1.0 / parameters["rope_theta"] ** exponents, 1.0
-    frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
+    with torch.device("cpu"):  # real numbers even while the model is built on the meta device
+        frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
     return frequencies, float(scaling)

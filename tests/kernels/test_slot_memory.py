@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+
 from unspool_kernels.reference import slot_memory
 
 SCALE = 0.7
