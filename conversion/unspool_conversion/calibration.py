@@ -1,12 +1,13 @@
 """Sets the far part's gate and weight from the teacher's attention, without gradients, one layer in memory at a time.
 
-For every layer the teacher's attention output on calibration text is the target. Each key-value head gets the
-half-life, and each query head the log-weight of its far part, that bring the layer nearest to it; "off" is among the
-candidates, and a candidate must not be worse than the window alone in any range of positions. So calibration cannot
+For every calibrated layer the teacher's attention output on text is the target. Each key-value head gets the half-life,
+where its gate has one, and each query head the log-weight of its far part, that bring the layer nearest to it; "off" is
+a candidate, and every other must not be worse than the window alone in any range of positions. So calibration cannot
 make a head's output on its text worse than the window's. Matching the teacher's attention mass instead makes long
 texts far worse: mass is not output error.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from unspool.batch import StepContext, step_context
 from unspool.config import UnspoolConfig
 from unspool.decoder import Block
+from unspool.errors import UserError
 from unspool.far import FarFeatures, gate_logit
 from unspool.mixer import SMALLEST_MASS, Heads, LinearizedAttention
 from unspool.mixer_spec import MixerSpec
@@ -50,6 +52,17 @@ class Calibration:
     report: dict[str, Any]
 
 
+def is_calibrated(spec: MixerSpec) -> bool:
+    """Whether a layer has a far part whose weight calibration finds: LoLCATs publishes its own, a mixed join is an
+    average with a given share, and a window has none."""
+    return spec.join == "disjoint" and spec.near_mass == "softmax"
+
+
+def calibrated_specs(config: UnspoolConfig) -> list[MixerSpec]:
+    """The mixers of the layers that calibration fits."""
+    return [spec for spec in config.mixer_specs() if is_calibrated(spec)]
+
+
 def initial_parameters(config: UnspoolConfig) -> dict[str, Tensor]:
     """The new parameters as they are before any calibration."""
     tensors: dict[str, Tensor] = {}
@@ -61,15 +74,16 @@ def initial_parameters(config: UnspoolConfig) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def calibrate(teacher: Teacher, tokens: Tensor, progress: Progress) -> Calibration:
-    """Calibrates on tokens [sequences, length]; `progress` is told (layers done, layers). Layers whose gate is no
-    learned scalar keep their published constants.
+    """Calibrates on tokens [sequences, length]; `progress` is told (layers done, layers). Layers that are not
+    calibrated keep their initial parameters.
 
-    Sequences no longer than the near set have no far tokens: they leave every far part off.
+    Sequences no longer than the near set have no far tokens: they leave every far part off. Raises UserError when
+    weights or activations are not finite.
     """
     config = teacher.config
     rotary = Rotary(config)
     context = step_context((tokens.shape[0], tokens.shape[1]), rotary, torch.float32, tokens.device)
-    x = F.embedding(tokens, teacher.load("model.embed_tokens.weight").float())
+    x = F.embedding(tokens, teacher.load("model.embed_tokens.weight")).float()
     tensors: dict[str, Tensor] = {}
     reports: list[dict[str, Any]] = []
     for layer, spec in enumerate(config.mixer_specs()):
@@ -77,8 +91,9 @@ def calibrate(teacher: Teacher, tokens: Tensor, progress: Progress) -> Calibrati
         heads = block.self_attn.project(block.input_layernorm(x))
         target = teacher_attention(heads, context, teacher.windows[layer])
         if block.self_attn.far is not None:
-            if spec.join == "disjoint" and spec.gate in ("scalar", "fixed"):
+            if is_calibrated(spec):
                 reports.append({"layer": layer} | _calibrate_layer(block.self_attn, heads, target, context))
+                _check_finite(reports[-1])
             tensors |= _named(layer, block.self_attn.far)
         x = block.feed_forward(x + block.self_attn.project_out(target, x.dtype))
         progress(layer + 1, config.num_hidden_layers)
@@ -109,7 +124,7 @@ def _load_block(teacher: Teacher, spec: MixerSpec, layer: int) -> Block:
     with torch.device("meta"):
         block = Block(teacher.config, spec)
     weights = {
-        name: teacher.load(f"model.layers.{layer}.{name}").float()
+        name: _load_finite(teacher, f"model.layers.{layer}.{name}")
         for name, _ in block.named_parameters()
         if not name.startswith("self_attn.far.")
     }
@@ -117,6 +132,21 @@ def _load_block(teacher: Teacher, spec: MixerSpec, layer: int) -> Block:
     if block.self_attn.far is not None:
         block.self_attn.far = FarFeatures(teacher.config, spec)
     return block
+
+
+def _load_finite(teacher: Teacher, name: str) -> Tensor:
+    weight = teacher.load(name)
+    if not bool(weight.isfinite().all()):
+        raise UserError(f"{name} holds NaN or infinite values; download the checkpoint again")
+    return weight.float()
+
+
+def _check_finite(report: dict[str, Any]) -> None:
+    if not math.isfinite(report["error_of_window_only"]):
+        raise UserError(
+            f"layer {report['layer']} computes NaN or infinite values on the calibration text; check the checkpoint, "
+            "or pass another --calibration text"
+        )
 
 
 class _OutputError(NamedTuple):
@@ -134,29 +164,46 @@ class _OutputError(NamedTuple):
 
 
 def _calibrate_layer(mixer: LinearizedAttention, heads: Heads, target: Tensor, context: StepContext) -> dict[str, Any]:
-    """Searches half-lives and biases, sets the best, and says what they were."""
+    """Searches biases, and half-lives where the gate has one, sets the best, and says what they were."""
     assert mixer.far is not None
     far, spec = mixer.far, mixer.spec
-    first, length = spec.window + spec.sinks, heads.q.shape[1]
-    ranges = list(_position_ranges(first, length))
+    ranges = list(_position_ranges(spec.window + spec.sinks, heads.q.shape[1]))
+    half_lives = HALF_LIVES if spec.gate in ("scalar", "fixed") else (None,)
     best_error = torch.full((mixer.num_kv_heads,), torch.inf)
-    best_half_life = torch.full((mixer.num_kv_heads,), HALF_LIVES[-1])
+    best_choice = torch.full((mixer.num_kv_heads,), len(half_lives) - 1)
     best_bias = torch.full((mixer.num_kv_heads, mixer.group), OFF)
     window_error = torch.zeros(mixer.num_kv_heads)
-    for half_life in HALF_LIVES if ranges else ():
-        far.gate_bias.fill_(gate_logit(half_life))
+    for choice, half_life in enumerate(half_lives) if ranges else ():
+        if half_life is not None:
+            far.gate_bias.fill_(gate_logit(half_life))
         parts = _output_error(mixer, heads, target, context)
         window_error = torch.stack([_sum_range(parts.near, part) for part in ranges]).sum(0).sum(-1)
         error, bias = _best_bias(parts, ranges)
         better = error.sum(-1) < best_error
         best_error = torch.where(better, error.sum(-1), best_error)
-        best_half_life = torch.where(better, half_life, best_half_life)
+        best_choice = torch.where(better, choice, best_choice)
         best_bias = torch.where(better[:, None], bias, best_bias)
-    per_kv = torch.tensor([gate_logit(float(half_life)) for half_life in best_half_life])
-    far.gate_bias.copy_(per_kv.repeat_interleave(far.gate_bias.numel() // per_kv.numel()))
     far.bias.copy_(best_bias.flatten())
-    share = float(best_error.sum() / window_error.sum()) if ranges else 1.0
-    return {"half_life": best_half_life.tolist(), "bias": best_bias.flatten().tolist(), "error_of_window_only": share}
+    return {
+        "half_life": _set_half_lives(far, [half_lives[choice] for choice in best_choice.tolist()]),
+        "bias": best_bias.flatten().tolist(),
+        "error_of_window_only": _ratio(best_error.sum(), window_error.sum()),
+    }
+
+
+def _set_half_lives(far: FarFeatures, per_kv: list[float | None]) -> list[float] | None:
+    """Gives each key-value head's states its half-life. None: the gate has none to set."""
+    half_lives = [half_life for half_life in per_kv if half_life is not None]
+    if not half_lives:
+        return None
+    logits = torch.tensor([gate_logit(half_life) for half_life in half_lives])
+    far.gate_bias.copy_(logits.repeat_interleave(far.gate_bias.numel() // logits.numel()))
+    return half_lives
+
+
+def _ratio(error: Tensor, window_error: Tensor) -> float:
+    """1 where the window alone makes no error: no far tokens, or an output projection of zeros."""
+    return 1.0 if float(window_error) == 0.0 else float(error / window_error)
 
 
 def _position_ranges(first: int, length: int) -> Iterator[tuple[int, int]]:
@@ -199,5 +246,5 @@ def _output_error(mixer: LinearizedAttention, heads: Heads, target: Tensor, cont
         (near_image * off_near).sum(-1),
         (near_image * off_far).sum(-1),
         (far_image * off_far).sum(-1),
-        mass.log() - near.log_mass,
+        mass.log() - mixer.near_log_mass(near),
     )

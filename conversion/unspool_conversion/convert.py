@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 import unspool
 from unspool.config import UnspoolConfig
 from unspool.errors import UserError
-from unspool_conversion.calibration import Teacher, calibrate, initial_parameters
+from unspool_conversion.calibration import Teacher, calibrate, calibrated_specs, initial_parameters
 from unspool_conversion.mapped_tensors import MappedTensors, check_tied_head
 from unspool_conversion.options import CalibrationOptions, ConvertOptions
 from unspool_conversion.plan import ConversionPlan, plan_conversion
@@ -80,7 +80,7 @@ def convert(options: ConvertOptions, progress: Progress = SILENT) -> ConversionR
     check_destination(destination, plan.num_bytes, overwrite=options.overwrite)
     check_tied_head(source, plan)
     mapped = MappedTensors(source, plan)
-    with staged_directory(destination, plan.num_bytes) as staging:
+    with staged_directory(destination, plan.num_bytes, overwrite=options.overwrite) as staging:
         source.write_side_files(staging)
         tokenizer = _load_tokenizer(staging, plan)
         new = _new_parameters(options, plan, mapped, tokenizer, progress)
@@ -119,19 +119,21 @@ def _new_parameters(
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress,
 ) -> _NewParameters:
-    if options.calibration.enabled and plan.new:
+    if options.calibration.enabled and calibrated_specs(plan.config):
         tokens = calibration_tokens(_within_context(options.calibration, plan.config), tokenizer)
         teacher = Teacher(plan.config, mapped.load, plan.teacher_windows)
         calibration = calibrate(teacher, tokens, progress.calibrated)
         described = {"enabled": True, "text": text_name(options.calibration), "tokens": tokens.numel()}
         return _NewParameters(calibration.tensors, described | calibration.report)
+    if options.calibration.enabled and options.calibration.text is not None:
+        _log.warning("%s is not read: no layer of this conversion is calibrated", options.calibration.text)
     return _NewParameters(initial_parameters(plan.config), {"enabled": False})
 
 
 def _within_context(options: CalibrationOptions, config: UnspoolConfig) -> CalibrationOptions:
     """Sequences no longer than the teacher was made for, with a warning when they have no far tokens."""
     length = min(options.length, config.max_position_embeddings)
-    longest = max(spec.window + spec.sinks for spec in config.mixer_specs() if spec.has_state)
+    longest = max(spec.window + spec.sinks for spec in calibrated_specs(config))
     if length <= longest:
         _log.warning(
             "calibration sequences of %d tokens never leave a near set of %d: those layers' states stay off; pass a "

@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from unspool_conversion.calibration import calibrated_specs
 from unspool_conversion.plan import ConversionPlan
 
 _PROBE_SIZE = 768
@@ -15,9 +16,11 @@ _BYTES_PER_SECOND = 3e8
 
 
 def estimate_seconds(plan: ConversionPlan, calibration_tokens: int) -> float:
-    """Seconds of calibration and copying, to a factor of about two."""
-    forward = 2.0 * plan.num_parameters * calibration_tokens / _measure_flops()
-    return _CALIBRATION_FORWARDS * forward + 2.0 * plan.num_bytes / _BYTES_PER_SECOND
+    """Seconds of calibration, where a layer has something to calibrate, and copying, to a factor of about two."""
+    copying = 2.0 * plan.num_bytes / _BYTES_PER_SECOND
+    if not calibrated_specs(plan.config):
+        return copying
+    return _CALIBRATION_FORWARDS * 2.0 * plan.num_parameters * calibration_tokens / _measure_flops() + copying
 
 
 def _measure_flops() -> float:

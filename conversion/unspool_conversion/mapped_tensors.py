@@ -18,11 +18,17 @@ class MappedTensors:
         self._planned = {tensor.name: tensor for tensor in plan.sourced}
 
     def load(self, name: str) -> Tensor:
-        """A tensor of the converted model that comes from the source, contiguous. Raises KeyError for any other."""
+        """A tensor of the converted model that comes from the source, contiguous. Raises KeyError for any other.
+
+        Raises UserError when a finite value of the source is none in float16.
+        """
         planned = self._planned[name]
         assert planned.source is not None
         tensor = planned.transform.to_unspool(self._source.load(planned.source), self._config)
-        return tensor.to(planned.dtype).contiguous()
+        cast = tensor.to(planned.dtype)
+        if cast.dtype == torch.float16 and bool((cast.isinf() & tensor.isfinite()).any()):
+            raise UserError(f"{planned.source} exceeds float16's range; use --dtype bfloat16")
+        return cast.contiguous()
 
 
 def check_tied_head(source: TensorSource, plan: ConversionPlan) -> None:

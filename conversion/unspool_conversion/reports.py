@@ -130,9 +130,11 @@ def _sizes_section(sizes: dict[str, Any]) -> str:
 
 def _calibration_section(calibration: dict[str, Any]) -> str:
     if not calibration["enabled"]:
-        return "## Calibration\n\nNone: the added parameters have their initial values.\n"
-    tokens, text = calibration["tokens"], calibration["text"]
-    return f"## Calibration\n\nThe added parameters were fitted on {tokens} tokens of {text}.\n"
+        return "## Calibration\n\nNone: parameters that the conversion added have their initial values.\n"
+    tokens, text, layers = calibration["tokens"], calibration["text"], calibration["layers"]
+    fitted = "weight" if all(layer["half_life"] is None for layer in layers) else "weight and half-life"
+    where = f"the far part's {fitted}, in {len(layers)} of the layers"
+    return f"## Calibration\n\nFitted on {tokens} tokens of {text}: {where}.\n"
 
 
 def _measurements_section(verification: dict[str, Any] | None) -> str:
@@ -146,8 +148,7 @@ def describe_verification(verification: dict[str, Any]) -> str:
     exactness, chunking, table = verification["exactness"], verification["chunking"], verification["table"]
     near = (
         f"On {exactness['tokens']} tokens, which fit the near set, logits differ from the source model's by "
-        f"{exactness['relative_difference']:.1e} of the largest, and greedy text is "
-        f"{'the same' if exactness['same_greedy_tokens'] else 'different'}"
+        f"{exactness['relative_difference']:.1e} of the largest{_greedy_text(exactness['same_greedy_tokens'])}"
     )
     claim = "." if exactness["claimed"] else " (this layer does not claim to be the source's)."
     split = max(chunking["by_steps"], chunking["by_uneven_chunks"])
@@ -156,6 +157,10 @@ def describe_verification(verification: dict[str, Any]) -> str:
         f"within {split:.1e}.\n\n{verification['sequences']} texts of {verification['length']} tokens from "
         f"{verification['text']}:\n\n{markdown_table(table['columns'], table['rows'])}"
     )
+
+
+def _greedy_text(same: bool | None) -> str:
+    return "" if same is None else f", and greedy text is {'the same' if same else 'different'}"
 
 
 def _use_section() -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from unspool.errors import UserError
 from unspool_conversion.reports import REPORT
 
-_RENAME_EXCHANGE = 2
+_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
 _AT_FDCWD = -100
 _OUT_OF_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # How safetensors and tokenizers report one.
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 def check_destination(destination: Path, num_bytes: int, *, overwrite: bool) -> None:
     """Raises UserError when the destination exists and may not be replaced, or its disk has too little room."""
-    if destination.exists() or destination.is_symlink():
+    if os.path.lexists(destination):
         if not overwrite:
             raise UserError(f"{destination} exists; choose another destination, or pass --overwrite")
         if not _replaceable(destination):
@@ -46,11 +46,12 @@ def check_destination(destination: Path, num_bytes: int, *, overwrite: bool) -> 
 
 
 @contextmanager
-def staged_directory(destination: Path, num_bytes: int) -> Iterator[Path]:
+def staged_directory(destination: Path, num_bytes: int, *, overwrite: bool) -> Iterator[Path]:
     """A hidden directory beside the destination, which becomes the destination when the block ends.
 
-    An existing destination is replaced. Whatever ends the block early leaves nothing behind. Raises UserError when
-    the disk is full, naming the bytes that were needed.
+    With `overwrite` it replaces a destination that `check_destination` lets it replace. Whatever ends the block early
+    leaves nothing behind. Raises UserError when another destination appeared meanwhile, or the disk is full, naming
+    the bytes that were needed.
     """
     created = _make_parents(destination.parent)
     staging = destination.parent / f".{destination.name}.partial-{os.getpid()}"
@@ -59,7 +60,7 @@ def staged_directory(destination: Path, num_bytes: int) -> Iterator[Path]:
         staging.mkdir()
         yield staging
         _flush(staging)
-        _move_into_place(staging, destination)
+        _move_into_place(staging, destination, overwrite=overwrite)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         with suppress(OSError):
@@ -115,23 +116,37 @@ def _flush(directory: Path) -> None:
             os.close(descriptor)
 
 
-def _move_into_place(staging: Path, destination: Path) -> None:
-    if not destination.exists():
-        staging.rename(destination)
-        return
-    if not _exchange(staging, destination):
+def _move_into_place(staging: Path, destination: Path, *, overwrite: bool) -> None:
+    if not os.path.lexists(destination):
+        _move_to_new(staging, destination)
+    elif not (overwrite and _replaceable(destination)):
+        raise _appeared(destination)
+    elif _rename(staging, destination, _RENAME_EXCHANGE):
+        shutil.rmtree(staging)
+    else:
         _log.warning("this file system cannot exchange two directories; %s is gone for a moment", destination)
         _replace(staging, destination)
-        return
-    shutil.rmtree(staging)
 
 
-def _exchange(first: Path, second: Path) -> bool:
-    """Swaps two directories in one step. False where the system has no such call."""
+def _move_to_new(staging: Path, destination: Path) -> None:
+    try:
+        # A plain rename would take an empty directory's place.
+        if not _rename(staging, destination, _RENAME_NOREPLACE):
+            staging.rename(destination)
+    except FileExistsError as error:
+        raise _appeared(destination) from error
+
+
+def _appeared(destination: Path) -> UserError:
+    return UserError(f"{destination} appeared meanwhile, so nothing was written; choose another destination")
+
+
+def _rename(first: Path, second: Path, flag: int) -> bool:
+    """Renames in one step as the flag says. False where the system has no such call."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if renameat2 is None:
         return False
-    if renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
+    if renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), flag) == 0:
         return True
     code = ctypes.get_errno()
     if code in (errno.ENOSYS, errno.EINVAL):

@@ -36,6 +36,7 @@ def write_shards(
     for file_name, shard in zip(names, shards, strict=True):
         tensors = {tensor.name: load(tensor.name) for tensor in shard}
         _save(tensors, directory / file_name)
+        del tensors  # before the next shard is read
         done += sum(tensor.num_bytes for tensor in shard)
         progress(done, total)
     if len(shards) > 1:

@@ -33,14 +33,19 @@ def add_chat(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], 
 
 
 def run_chat(args: argparse.Namespace) -> int:
-    """Raises UserError when the model cannot chat or standard input cannot be read."""
+    """Raises UserError when the model cannot chat or standard input cannot be read.
+
+    At a terminal a refused message is only reported and Ctrl-C stops only the answer; elsewhere both end the run, by
+    InvalidRequest and KeyboardInterrupt: nobody is there to go on.
+    """
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
     with open_engine(args) as engine:
         require_chat_template(engine.loaded.tokenizer)
         conversation = Conversation(engine, sampling_params(args, engine), args.max_tokens, args.system)
-        for line in _read_lines():
+        for line in _read_lines(interactive):
             if line == "/exit":
                 break
-            _handle(conversation, line)
+            _handle(conversation, line, interactive)
     return 0
 
 
@@ -81,7 +86,7 @@ class Conversation:
             sys.stderr.write(f"\n(cut after {self._max_tokens} tokens; --max-tokens sets this)")
 
 
-def _handle(conversation: Conversation, line: str) -> None:
+def _handle(conversation: Conversation, line: str, interactive: bool) -> None:
     """A command or a message."""
     if line == "/reset":
         conversation.reset()
@@ -90,36 +95,49 @@ def _handle(conversation: Conversation, line: str) -> None:
     elif COMMAND.fullmatch(line):
         sys.stderr.write(f"unknown command {line}; /help lists the commands\n")
     elif line:
-        _write_answer(conversation, line)
+        with _staying() if interactive else contextlib.nullcontext():
+            _write_answer(conversation, line)
+
+
+@contextlib.contextmanager
+def _staying() -> Iterator[None]:
+    """Keeps a conversation going after an answer that failed or was interrupted."""
+    try:
+        yield
+    except InvalidRequest as error:
+        sys.stderr.write(f"{error}\n")
+    except KeyboardInterrupt:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
 
 
 def _write_answer(conversation: Conversation, line: str) -> None:
-    try:
-        with contextlib.closing(conversation.answer(line)) as pieces, contextlib.suppress(KeyboardInterrupt):
-            for piece in pieces:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-    except InvalidRequest as error:
-        sys.stderr.write(f"{error}\n")
-        return
+    with contextlib.closing(conversation.answer(line)) as pieces:
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
     sys.stdout.write("\n")
     sys.stdout.flush()
 
 
-def _read_lines() -> Iterator[str]:
-    """Lines of standard input without surrounding space. At a terminal Ctrl-C only discards what was typed."""
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    if interactive:
-        with contextlib.suppress(ImportError):  # Python without it reads lines too, with no editing or history
-            importlib.import_module("readline")
+def _read_lines(interactive: bool) -> Iterator[str]:
+    """Lines of standard input without surrounding space."""
+    try:
+        yield from _prompt_for_lines() if interactive else map(str.strip, sys.stdin)
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8: {error.reason}") from error
+    except OSError as error:
+        raise UserError(f"cannot read standard input: {error.strerror}") from error
+
+
+def _prompt_for_lines() -> Iterator[str]:
+    """Lines typed at the terminal; Ctrl-C only discards what was typed."""
+    with contextlib.suppress(ImportError):  # Python without it reads lines too, with no editing or history
+        importlib.import_module("readline")
     while True:
         try:
-            yield input("> " if interactive else "").strip()
+            yield input("> ").strip()
         except EOFError:
             return
-        except UnicodeDecodeError as error:
-            raise UserError(f"standard input is not UTF-8: {error.reason}") from error
         except KeyboardInterrupt:
-            if not interactive:
-                raise
             sys.stdout.write("\n(/exit or Ctrl-D leaves)\n")

@@ -1,11 +1,13 @@
 """The command `unspool`. Verbs are entry points of the group `unspool.verbs`; only the one that is used is imported."""
 
 import argparse
+import errno
 import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points, version
+from typing import TextIO
 
 from unspool.errors import UserError
 from unspool.requests import EngineDead, InvalidRequest
@@ -26,24 +28,38 @@ SUMMARIES = {
 
 FAILURE, USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 1, 2, 128 + 2, 128 + 13
 
+OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+"""Why a standard stream, or a file that a verb writes, takes no more."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code. argparse leaves by SystemExit, with 0 after help and 2 for bad usage."""
+    _replace_closed_streams()
     _escape_what_the_terminal_lacks()
     try:
-        code = _run(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
-        return code
+        return _run_to_the_end(list(sys.argv[1:] if argv is None else argv))
     except (UserError, InvalidRequest) as error:
         return _report(error, USAGE_ERROR)
     except EngineDead as error:
         return _report(error, FAILURE)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader has left; the interpreter must not find unwritten text when it closes standard output.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has left
+        _drop_unwritten_text(sys.stdout)
         return BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in OUTPUT_ERRORS:
+            raise
+        _drop_unwritten_text(sys.stdout)
+        return _report(f"cannot write the output: {error.strerror}", FAILURE)
+
+
+def _run_to_the_end(arguments: list[str]) -> int:
+    """Runs one verb; what it has written is out when this returns or raises."""
+    try:
+        return _run(arguments)
+    finally:
+        sys.stdout.flush()
 
 
 def _run(arguments: list[str]) -> int:
@@ -91,6 +107,25 @@ def _escape_what_the_terminal_lacks() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _report(error: Exception, code: int) -> int:
-    sys.stderr.write(f"unspool: error: {error}\n")
+def _replace_closed_streams() -> None:
+    """Python has None for a standard stream that was closed when it started."""
+    # In this order each takes the lowest free descriptor, its own, which no file opened later can then get.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  open while the process is
+
+
+def _drop_unwritten_text(stream: TextIO) -> None:
+    """Leaves the interpreter nothing that it cannot write when it closes a standard stream."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _report(error: Exception | str, code: int) -> int:
+    try:
+        sys.stderr.write(f"unspool: error: {error}\n")
+    except OSError:  # then the code alone must tell
+        _drop_unwritten_text(sys.stderr)
     return code

@@ -56,6 +56,9 @@ class UnspoolConfig(PreTrainedConfig):
                 "hybrid_sliding" if spec.has_state else "sliding_attention" for spec in self.mixer_specs()
             ]
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]  # transformers leaves it bare
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_key_value_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -65,8 +68,10 @@ class UnspoolConfig(PreTrainedConfig):
     def mixer_specs(self) -> tuple[MixerSpec, ...]:
         """Each layer's mixer, in order."""
         assert self.linearize is not None
-        default = MixerSpec.from_dict(self.linearize["default"])
-        overrides = self.linearize.get("layers", {})
+        default_fields, overrides = self.linearize.get("default"), self.linearize.get("layers", {})
+        if not isinstance(default_fields, dict) or not isinstance(overrides, dict):
+            raise ValueError("linearize: must hold `default` and may hold `layers`, each an object of mixer fields")
+        default = MixerSpec.from_dict(default_fields)
         if outside := [name for name in overrides if not 0 <= int(name) < self.num_hidden_layers]:
             raise ValueError(f"linearize.layers names layer {outside[0]}; the model has {self.num_hidden_layers}")
         return tuple(

@@ -7,6 +7,7 @@ from transformers.activations import ACT2FN
 
 from unspool.batch import StepContext
 from unspool.config import UnspoolConfig
+from unspool.linear import Linear
 from unspool.mixer import LinearizedAttention
 from unspool.mixer_spec import MixerSpec
 from unspool.norm import RMSNorm
@@ -19,9 +20,9 @@ class MLP(nn.Module):
     def __init__(self, config: UnspoolConfig) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
+        self.gate_proj = Linear(hidden, inner, bias=config.mlp_bias)
+        self.up_proj = Linear(hidden, inner, bias=config.mlp_bias)
+        self.down_proj = Linear(inner, hidden, bias=config.mlp_bias)
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:

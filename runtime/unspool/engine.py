@@ -1,7 +1,9 @@
 """The engine: one thread that owns the slots, batches what is being decoded, and answers requests with events.
 
 It deals in token ids only. Each turn of its loop decodes one token for every running request, then reads one chunk of
-one waiting prompt. Callers talk to it by messages (`requests.py`), so that it could live in a process of its own.
+one prompt, the prompts that have a slot taking turns. What a request gets does not depend on what else runs: prompts
+are read alone, and every row of a decode step has the bits that it has alone. Callers talk to the engine by messages
+(`requests.py`), so that it could live in a process of its own.
 """
 
 import collections
@@ -18,6 +20,7 @@ from unspool.requests import (
     MAX_LOGPROBS,
     EngineBusy,
     EngineDead,
+    EngineEvent,
     EventSink,
     FinishEvent,
     FinishReason,
@@ -32,19 +35,23 @@ from unspool.state import StatePool
 
 logger = logging.getLogger(__name__)
 
+MAX_COUNT = 1 << 20
+SCORED_CHUNK = 64
+"""Prompt tokens read at once when each one's log-probability is wanted, which takes the whole vocabulary's logits."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """How much the engine holds and how it shares its time."""
 
     max_slots: int = field(default=8, metadata={"help": "sequences in flight; each takes one state"})
-    prefill_chunk: int = field(default=512, metadata={"help": "prompt tokens read between two decode steps"})
+    prefill_chunk: int = field(default=128, metadata={"help": "prompt tokens read between two decode steps"})
     max_queue: int = field(default=256, metadata={"help": "requests that may wait for a slot"})
 
     def __post_init__(self) -> None:
         for name in ("max_slots", "prefill_chunk", "max_queue"):
-            if getattr(self, name) < 1:
-                raise InvalidRequest(name, "must be at least 1")
+            if not 1 <= getattr(self, name) <= MAX_COUNT:
+                raise InvalidRequest(name, f"must be between 1 and {MAX_COUNT}")
 
 
 @dataclass
@@ -71,6 +78,7 @@ class Engine:
         self._pool = StatePool(model.config, self.options.max_slots, model.dtype, model.device)
         self._free = list(reversed(range(self.options.max_slots)))
         self._waiting: collections.deque[_Sequence] = collections.deque()
+        self._prefilling: collections.deque[_Sequence] = collections.deque()
         self._running: list[_Sequence] = []
         self._known: dict[str, _Sequence] = {}
         self._changed = threading.Condition()
@@ -144,7 +152,8 @@ class Engine:
             while self._wait_for_work():
                 self._drop_cancelled()
                 self._decode_running()
-                self._prefill_one()
+                self._lend_slots()
+                self._prefill_next()
         except Exception as error:  # whatever it is, callers must learn that nothing more will come
             logger.exception("the engine failed")
             self._failure = error
@@ -172,22 +181,33 @@ class Engine:
         for sequence, logits in zip(slots, self._model.lm_head(hidden[:, 0]), strict=True):
             self._produce(sequence, logits)
 
-    def _prefill_one(self) -> None:
-        """Reads one chunk of the first waiting prompt, if there is a slot for it."""
-        with self._changed:
-            sequence = self._waiting[0] if self._waiting else None
-        if sequence is None or not (sequence.slot >= 0 or self._free):
-            return
-        if sequence.slot < 0:
+    def _lend_slots(self) -> None:
+        """Gives free slots, zeroed, to the requests that wait longest."""
+        while self._free:
+            with self._changed:
+                if not self._waiting:
+                    return
+                sequence = self._waiting.popleft()
             sequence.slot = self._free.pop()
             self._pool.clear(sequence.slot)
-        prompt = sequence.request.prompt[sequence.consumed : sequence.consumed + self.options.prefill_chunk]
+            self._prefilling.append(sequence)
+
+    def _prefill_next(self) -> None:
+        """Reads one chunk of the prompt whose turn it is."""
+        if not self._prefilling:
+            return
+        sequence = self._prefilling.popleft()
+        request, scored = sequence.request, sequence.request.prompt_logprobs is not None
+        size = min(self.options.prefill_chunk, SCORED_CHUNK) if scored else self.options.prefill_chunk
+        prompt = request.prompt[sequence.consumed : sequence.consumed + size]
         tokens = torch.tensor([prompt], device=self._model.device)
         hidden = self._model.hidden(tokens, slots=(self._pool, [sequence.slot]))[0]
-        if sequence.request.prompt_logprobs is not None:
+        if scored:
             self._score_prompt(sequence, hidden)
         sequence.consumed += len(prompt)
-        if sequence.consumed == len(sequence.request.prompt):
+        if sequence.consumed < len(request.prompt):
+            self._prefilling.append(sequence)
+        else:
             self._begin_decoding(sequence, hidden[-1])
 
     def _score_prompt(self, sequence: _Sequence, hidden: Tensor) -> None:
@@ -196,19 +216,17 @@ class Engine:
         if not scores:
             scores.append(None)
         following = request.prompt[sequence.consumed + 1 : sequence.consumed + 1 + hidden.shape[0]]
-        for vector, token in zip(hidden, following, strict=False):
-            scores.append(token_logprobs(self._model.lm_head(vector), token, request.prompt_logprobs or 0))
+        for logits, token in zip(self._model.lm_head(hidden), following, strict=False):
+            scores.append(token_logprobs(logits, token, request.prompt_logprobs or 0))
 
     def _begin_decoding(self, sequence: _Sequence, last_hidden: Tensor) -> None:
-        with self._changed:
-            self._waiting.popleft()
         if sequence.request.prompt_logprobs is not None:
-            sequence.sink(PromptEvent(sequence.request.request_id, tuple(sequence.prompt_logprobs)))
+            self._send(sequence, PromptEvent(sequence.request.request_id, tuple(sequence.prompt_logprobs)))
         if sequence.request.max_tokens == 0:
             self._finish(sequence, "length")
             return
         self._running.append(sequence)
-        self._produce(sequence, self._model.lm_head(last_hidden))
+        self._produce(sequence, self._model.lm_head(last_hidden[None])[0])
 
     def _produce(self, sequence: _Sequence, logits: Tensor) -> None:
         """Chooses a sequence's next token, reports it, and ends the sequence if that was its last."""
@@ -222,7 +240,7 @@ class Engine:
         sequence.generated += 1
         wanted = request.logprobs
         scores = token_logprobs(logits, token, wanted) if wanted is not None else None
-        sequence.sink(TokenEvent(request.request_id, token, scores))
+        self._send(sequence, TokenEvent(request.request_id, token, scores))
         if token in request.stop_ids:
             self._finish(sequence, "stop")
         elif sequence.generated >= request.max_tokens:
@@ -235,13 +253,22 @@ class Engine:
             self._known.pop(request.request_id, None)
             if sequence in self._waiting:
                 self._waiting.remove(sequence)
-        if sequence in self._running:
-            self._running.remove(sequence)
+        for stage in (self._prefilling, self._running):
+            if sequence in stage:
+                stage.remove(sequence)
         if sequence.slot >= 0:
             self._free.append(sequence.slot)
             sequence.slot = -1
         event = FinishEvent(request.request_id, reason, len(request.prompt), sequence.generated, error)
-        sequence.sink(event)
+        self._send(sequence, event)
+
+    def _send(self, sequence: _Sequence, event: EngineEvent) -> None:
+        """Hands an event to its owner; an owner that fails loses its own request, not the engine."""
+        try:
+            sequence.sink(event)
+        except Exception:
+            logger.exception("the receiver of request %s failed", event.request_id)
+            self.cancel(event.request_id)
 
     def _fail_all(self) -> None:
         with self._changed:

@@ -56,14 +56,15 @@ class FarFeatures(nn.Module):
 
     def query_features(self, q: Tensor) -> Tensor:
         """[B, T, H_state, G, D] to [B, T, H_state, G, K]."""
-        weight = self.query_map.unflatten(0, q.shape[2:4]) if self.spec.feature_map == "hedgehog" else None
+        hedgehog = self.spec.feature_map == "hedgehog"
+        weight = self.query_map.to(q.dtype).unflatten(0, q.shape[2:4]) if hedgehog else None
         return FEATURE_MAPS[self.spec.feature_map](q, weight)
 
     def key_features(self, k: Tensor) -> Tensor:
         """[B, T, H_state, D] to [B, T, H_state, K]."""
         if self.spec.gate == "hgrn2":
             return (-k).sigmoid()  # 1 - gate, from the logit so that no bit is lost
-        weight = self.key_map if self.spec.feature_map == "hedgehog" else None
+        weight = self.key_map.to(k.dtype) if self.spec.feature_map == "hedgehog" else None
         return FEATURE_MAPS[self.spec.feature_map](k, weight)
 
     def log_decay(self, k: Tensor) -> Tensor:
@@ -92,11 +93,13 @@ FEATURE_MAPS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
 
 
 def _scalar_gate(far: FarFeatures, k: Tensor) -> Tensor:
-    return F.logsigmoid((k * far.gate_weight).sum(-1, keepdim=True) + far.gate_bias[:, None])
+    weight, bias = far.gate_weight.to(k.dtype), far.gate_bias.to(k.dtype)
+    logit = (k * weight).sum(-1, keepdim=True) + bias[:, None]
+    return F.logsigmoid(logit.double()).to(k.dtype)  # float64: one number a head must round alike in any batch
 
 
 def _fixed_gate(far: FarFeatures, k: Tensor) -> Tensor:
-    return F.logsigmoid(far.gate_bias)[:, None].expand(*k.shape[:3], 1)
+    return F.logsigmoid(far.gate_bias.to(k.dtype))[:, None].expand(*k.shape[:3], 1)
 
 
 def _no_gate(far: FarFeatures, k: Tensor) -> Tensor:

@@ -1,15 +1,26 @@
-"""Opens a converted checkpoint directory: model, tokenizer, and which tokens end a text."""
+"""Opens a converted checkpoint directory: model, tokenizer, which tokens end a text and how the model is sampled."""
 
+import contextlib
+import json
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from unspool.config import UnspoolConfig
 from unspool.errors import UserError
 from unspool.model import UnspoolForCausalLM
+from unspool.requests import SamplingParams
+
+MODEL_SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+MAX_REASON_CHARACTERS = 300
 
 
 @dataclass(frozen=True)
@@ -30,35 +41,120 @@ class LoadedModel:
             return frozenset()
         return frozenset([chosen] if isinstance(chosen, int) else chosen)
 
+    @property
+    def sampling_defaults(self) -> Mapping[str, Any]:
+        """Fields of SamplingParams set by the model's generation_config.json, if that asks for sampling; else none."""
+        config = self.model.generation_config
+        if not config.do_sample:
+            return {}
+        values = {name: getattr(config, name) for name in MODEL_SAMPLING_FIELDS}
+        return {name: value for name, value in values.items() if value is not None}
+
 
 def load(path: Path | str, *, dtype: torch.dtype | None = None, device: str = "cpu") -> LoadedModel:
     """Loads a directory that `unspool convert` wrote, in its own dtype unless another is given.
 
-    Raises UserError when the directory is missing, is no converted checkpoint, or disagrees with its weights.
+    Raises UserError when the device cannot be used, and when the directory is missing, is no converted checkpoint, has
+    a damaged file or disagrees with its weights. Shows progress only if standard error is a terminal.
     """
-    path = Path(path).expanduser().resolve()
-    config = _read_config(path)
-    loaded: Any = UnspoolForCausalLM.from_pretrained(
-        path, config=config, dtype=dtype or "auto", output_loading_info=True
-    )
-    model, report = loaded
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(str(name) for name in report[problem]):
-            raise UserError(f"{path}: {problem.replace('_', ' ')} in the weights, first {names[0]}; convert it again")
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    return LoadedModel(model.eval().to(device), tokenizer, path.name, path)
+    with contextlib.nullcontext() if sys.stderr.isatty() else _silence():
+        _check_device(device)
+        path = Path(path).expanduser().resolve()
+        config, generation_config = _read_config(path), _read_generation_config(path)
+        _check_weights(path, config)
+        with _refusing(f"{path}: the weights do not load", "make room in memory, or convert the model again"):
+            model: Any = UnspoolForCausalLM.from_pretrained(
+                path, config=config, generation_config=generation_config, dtype=dtype or "auto", use_safetensors=True
+            )
+            model = model.eval().to(device)
+        with _refusing(f"{path}: the tokenizer (tokenizer*.json, chat_template.jinja)", "convert the model again"):
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        loaded = LoadedModel(model, tokenizer, path.name, path)
+        _check_generation_config(loaded)
+        return loaded
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device).item()  # a value, because the device "meta" has all but values
+    except (RuntimeError, AssertionError, ImportError) as error:  # PyTorch asserts that it was built for the device
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise UserError(f"device {device!r} cannot be used: {reason}; try --device cpu") from error
 
 
 def _read_config(path: Path) -> UnspoolConfig:
     if not path.is_dir():
         raise UserError(f"{path} is not a directory; pass one that `unspool convert` wrote")
-    if not (path / "config.json").is_file():
+    file = path / "config.json"
+    if not file.is_file():
         raise UserError(f"{path} has no config.json; pass a directory that `unspool convert` wrote")
-    values, _ = UnspoolConfig.get_config_dict(path)
+    with _refusing(str(file)):
+        values = json.loads(file.read_bytes())
+        if not isinstance(values, dict):
+            raise ValueError("is not a JSON object")
     if values.get("model_type") != UnspoolConfig.model_type:
         found = values.get("model_type")
         raise UserError(f"{path} holds a {found!r} model; convert it first: unspool convert {path} DST")
+    with _refusing(str(file)):
+        config: UnspoolConfig = UnspoolConfig.from_dict(values)
+        config.mixer_specs()
+        return config
+
+
+def _read_generation_config(path: Path) -> GenerationConfig | None:
+    """None if there is no such file: then the model's configuration says which token ends a text."""
+    file = path / "generation_config.json"
+    if not file.exists():
+        return None
+    # Read here because `UnspoolForCausalLM.from_pretrained` goes on without a file that it cannot read.
+    with _refusing(str(file)):
+        config: GenerationConfig = GenerationConfig.from_pretrained(path)
+        return config
+
+
+def _check_weights(path: Path, config: UnspoolConfig) -> None:
+    """Compares the names and shapes in the weight files with the configuration, before memory is taken for either."""
+    with _refusing(f"{path}: the weights (model*.safetensors) or config.json", "convert the model again"), _silence():
+        loaded: Any = UnspoolForCausalLM.from_pretrained(
+            path,
+            config=config,
+            device_map="meta",
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        # A mismatched key comes with its two shapes.
+        if names := sorted(key if isinstance(key, str) else key[0] for key in loaded[1][problem]):
+            raise UserError(f"{path}: {problem.replace('_', ' ')} in the weights, first {names[0]}; convert it again")
+
+
+def _check_generation_config(loaded: LoadedModel) -> None:
+    with _refusing(str(loaded.path / "generation_config.json")):
+        SamplingParams(**loaded.sampling_defaults)
+        if not all(isinstance(token, int) for token in loaded.eos_ids):
+            raise ValueError("eos_token_id is neither a token nor a list of tokens")
+
+
+@contextlib.contextmanager
+def _refusing(part: str, remedy: str = "correct it or convert the model again") -> Iterator[None]:
+    """Makes one line of whatever a library says about this part of a checkpoint."""
     try:
-        return UnspoolConfig.from_dict(values)
-    except ValueError as error:
-        raise UserError(f"{path}/config.json: {error}") from error
+        yield
+    except Exception as error:  # on damaged files the libraries raise nearly anything, `tokenizers` a bare Exception
+        reason = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{part}: {textwrap.shorten(reason, MAX_REASON_CHARACTERS)}; {remedy}") from error
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Turns off transformers' progress bars and warnings."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

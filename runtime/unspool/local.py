@@ -2,15 +2,13 @@
 
 import argparse
 import queue
-import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
-from transformers.utils.logging import disable_progress_bar
 
 from unspool.engine import Engine, EngineOptions
 from unspool.errors import UserError
@@ -20,8 +18,6 @@ from unspool.requests import EngineDead, EngineEvent, FinishEvent, GenerationReq
 from unspool.text import TextStream
 
 REQUEST_ID = "local"
-
-MODEL_SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +76,6 @@ class LocalEngine:
     @classmethod
     def open(cls, path: str, options: LocalOptions) -> Self:
         """Loads the model. Raises UserError for what is no converted model and for a device that is not there."""
-        _check_device(options.device)
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
@@ -92,14 +87,6 @@ class LocalEngine:
 
     def __exit__(self, *_: object) -> None:
         self.engine.shutdown()
-
-    def sampling_defaults(self) -> Mapping[str, Any]:
-        """The sampling settings of the model's generation_config.json, if that asks for sampling; else none."""
-        config = self.loaded.model.generation_config
-        if not config.do_sample:
-            return {}
-        values = {name: getattr(config, name) for name in MODEL_SAMPLING_FIELDS}
-        return {name: value for name, value in values.items() if value is not None}
 
     def generate(self, request: TextRequest) -> "TextGeneration":
         """Submits a request. Only one may run at a time. Raises InvalidRequest and EngineDead."""
@@ -207,18 +194,10 @@ def add_local_flags(parser: argparse.ArgumentParser, *, max_tokens: int) -> None
 def open_engine(args: argparse.Namespace) -> LocalEngine:
     """Raises UserError as `LocalEngine.open` does, and before it loads anything for flags that cannot be right."""
     from_flags(args, SamplingParams)
-    if not sys.stderr.isatty():
-        disable_progress_bar()
+    if args.max_tokens < 1:
+        raise UserError("max_tokens: must be at least 1")
     return LocalEngine.open(args.model, from_flags(args, LocalOptions))
 
 
 def sampling_params(args: argparse.Namespace, engine: LocalEngine) -> SamplingParams:
-    return from_flags(args, SamplingParams, engine.sampling_defaults())
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built for the device
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {device!r} cannot be used: {reason}; try --device cpu") from error
+    return from_flags(args, SamplingParams, engine.loaded.sampling_defaults)

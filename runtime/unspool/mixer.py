@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from unspool.batch import StepContext
 from unspool.config import UnspoolConfig
 from unspool.far import FarFeatures
+from unspool.linear import Linear
 from unspool.mixer_spec import MixerSpec
 from unspool.norm import RMSNorm
 from unspool.state import LayerState
@@ -46,10 +47,10 @@ class LinearizedAttention(nn.Module):
         self.group = config.num_attention_heads // config.num_key_value_heads
         hidden, channels = config.hidden_size, config.head_dim
         queries, keys = config.num_attention_heads * channels, config.num_key_value_heads * channels
-        self.q_proj = nn.Linear(hidden, queries, bias=config.attention_bias)
-        self.k_proj = nn.Linear(hidden, keys, bias=config.attention_bias)
-        self.v_proj = nn.Linear(hidden, keys, bias=config.attention_bias)
-        self.o_proj = nn.Linear(queries, hidden, bias=config.attention_out_bias)
+        self.q_proj = Linear(hidden, queries, bias=config.attention_bias)
+        self.k_proj = Linear(hidden, keys, bias=config.attention_bias)
+        self.v_proj = Linear(hidden, keys, bias=config.attention_bias)
+        self.o_proj = Linear(queries, hidden, bias=config.attention_out_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(channels, config.rms_norm_eps)
             self.k_norm = RMSNorm(channels, config.rms_norm_eps)
@@ -102,11 +103,14 @@ class LinearizedAttention(nn.Module):
         """Merges the near shard with the far one [B, T, H_kv, G, V + 1], whose last channel is its mass."""
         assert self.far is not None
         mass = far[..., -1].clamp_min(SMALLEST_MASS)
-        bias = self.far.bias.view(self.num_kv_heads, self.group)
+        bias = self.far.bias.to(mass.dtype).view(self.num_kv_heads, self.group)
         has_far = context.positions - self.spec.window >= self.spec.sinks
-        far_log_mass = torch.where(has_far[..., None, None], mass.log() + bias, -torch.inf)
-        near_log_mass = near.log_mass - near.row_max if self.spec.near_mass == "row_max" else near.log_mass
-        return merge(near.values, near_log_mass, far[..., :-1] / mass[..., None], far_log_mass)
+        far_log_mass = torch.where(has_far[..., None, None], mass.double().log() + bias, -torch.inf)
+        return merge(near.values, self.near_log_mass(near), far[..., :-1] / mass[..., None], far_log_mass)
+
+    def near_log_mass(self, near: ring_window.NearOutput) -> Tensor:
+        """What the near part weighs in the disjoint join [B, T, H_kv, G]."""
+        return near.log_mass - near.row_max if self.spec.near_mass == "row_max" else near.log_mass
 
     def read_state(self, q: Tensor, written: "StateTokens", context: StepContext, state: LayerState | None) -> Tensor:
         """Folds `written` into the layer's state and reads it with q: [B, T, H_kv, G, V (+ 1)]."""

@@ -13,9 +13,14 @@ Memory = Literal["outer_product", "slots"]
 StateHeads = Literal["kv", "q"]
 NearMass = Literal["softmax", "row_max"]
 
-# A gate that needs no feature map of the key: HGRN2 writes 1 - gate in the place of the key.
-MAX_WINDOW = 1 << 20
-MAX_SINKS = 1 << 10
+_RANGES: dict[str, tuple[float, float]] = {
+    "window": (1, 1 << 20),
+    "sinks": (0, 1 << 10),
+    "num_slots": (0, 1 << 16),
+    "gate_normalizer": (1e-3, 1e6),
+    "far_bias": (-1e3, 1e3),
+    "mix": (0, 1),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,18 +55,31 @@ class MixerSpec:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        if not 1 <= self.window <= MAX_WINDOW:
-            raise ValueError(f"window={self.window} must be between 1 and {MAX_WINDOW} tokens")
-        if not 0 <= self.sinks <= MAX_SINKS:
-            raise ValueError(f"sinks={self.sinks} must be between 0 and {MAX_SINKS} tokens")
-        if not 0.0 <= self.mix <= 1.0:
-            raise ValueError(f"mix={self.mix} must be between 0 and 1")
-        if self.join == "disjoint" and self.memory == "slots":
-            raise ValueError("memory='slots' has no normaliser to merge by: use it with join='mixed'")
-        if self.memory == "slots" and self.gate != "liger":
-            raise ValueError("memory='slots' writes 1 - gate per slot: use it with gate='liger'")
-        if self.join == "disjoint" and self.feature_map == "identity":
-            raise ValueError("feature_map='identity' can be negative, so join='disjoint' cannot take its logarithm")
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                raise ValueError(f"{name}={value!r} must be a number between {low} and {high}")
+        if self.has_state:
+            self._check_combination()
+
+    def _check_combination(self) -> None:
+        slots = self.memory == "slots"
+        conflicts = (
+            (slots and self.join == "disjoint", "memory='slots' has no normaliser to merge by: use join='mixed'"),
+            (slots and self.gate != "liger", "memory='slots' writes 1 - gate per slot: use gate='liger'"),
+            (slots and self.feature_map != "identity", "memory='slots' matches raw keys: use feature_map='identity'"),
+            (
+                self.gate == "hgrn2" and self.feature_map == "hedgehog",
+                "gate='hgrn2' writes one feature per channel: use feature_map='softmax' or 'elu'",
+            ),
+            (
+                self.join == "disjoint" and self.feature_map == "identity",
+                "feature_map='identity' can be negative, so join='disjoint' cannot take its logarithm",
+            ),
+        )
+        for conflict, message in conflicts:
+            if conflict:
+                raise ValueError(message)
 
     @property
     def has_state(self) -> bool:

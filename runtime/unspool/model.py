@@ -13,9 +13,13 @@ from unspool.cache import UnspoolCache
 from unspool.config import UnspoolConfig
 from unspool.decoder import Decoder
 from unspool.far import FarFeatures
+from unspool.linear import Linear
 from unspool.padding import Compaction
 from unspool.rotary import Rotary
 from unspool.state import StatePool
+
+LOSS_ARGUMENTS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"})
+"""What transformers' Trainer passes beside a batch, with or without labels."""
 
 
 class UnspoolPreTrainedModel(PreTrainedModel):
@@ -46,7 +50,7 @@ class UnspoolForCausalLM(UnspoolPreTrainedModel, GenerationMixin):
     def __init__(self, config: UnspoolConfig) -> None:
         super().__init__(config)
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = Rotary(config)
         self.post_init()  # type: ignore[no-untyped-call]  # transformers leaves it bare
 
@@ -103,12 +107,19 @@ class UnspoolForCausalLM(UnspoolPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **loss_arguments: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """transformers' causal-LM call. Positions follow from the state and the mask, which may pad either side.
 
-        Raises ValueError for `position_ids` that say otherwise, and for a cache while gradients are recorded.
+        Raises ValueError for `position_ids` that say otherwise, for a cache while gradients are recorded, and for
+        attention weights, which a state does not have.
         """
+        if output_attentions:
+            raise ValueError("output_attentions: a state has no attention weights to show")
+        if loss_arguments and labels is None and (unknown := sorted(set(loss_arguments) - LOSS_ARGUMENTS)):
+            raise ValueError(f"forward does not take {unknown[0]!r}")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         embeddings = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -126,13 +137,14 @@ class UnspoolForCausalLM(UnspoolPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_arguments)
+        output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=cache,  # type: ignore[arg-type]  # transformers asks for its own Cache class only in the hint
             hidden_states=tuple(padding.restore(x) for x in inputs) if inputs is not None else None,
         )
+        return output if return_dict is not False else output.to_tuple()
 
     def _cache_for(self, embeddings: Tensor, cache: UnspoolCache | None, use_cache: bool | None) -> UnspoolCache | None:
         recording = torch.is_grad_enabled()

@@ -9,6 +9,8 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
+MIN_REPETITION_PENALTY = 0.01
+"""Logits divided by much less overflow."""
 
 
 class InvalidRequest(ValueError):
@@ -36,7 +38,7 @@ class SamplingParams:
     """
 
     temperature: float = field(default=1.0, metadata={"help": "0 is greedy"})
-    top_k: int = field(default=0, metadata={"help": "keep the k most likely tokens; 0 keeps all"})
+    top_k: int = field(default=0, metadata={"help": "keep the k most likely tokens; 0 or -1 keeps all"})
     top_p: float = field(default=1.0, metadata={"help": "keep the smallest set of tokens with this probability"})
     min_p: float = field(default=0.0, metadata={"help": "drop tokens below this share of the best one's probability"})
     repetition_penalty: float = field(default=1.0, metadata={"help": "divide the logits of tokens already seen"})
@@ -49,11 +51,11 @@ class SamplingParams:
         _in_range("temperature", self.temperature, 0.0, 100.0)
         _in_range("top_p", self.top_p, 0.0, 1.0, low_open=True)
         _in_range("min_p", self.min_p, 0.0, 1.0)
-        _in_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
+        _in_range("repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, 100.0)
         _in_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _in_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        if self.top_k < 0:
-            raise InvalidRequest("top_k", "must be 0 (all tokens) or a positive count")
+        if not isinstance(self.top_k, int) or self.top_k < -1:
+            raise InvalidRequest("top_k", "must be 0 or -1 (all tokens) or a positive count")
         if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 63:
             raise InvalidRequest("seed", "must fit in 64 bits")
         if len(self.logit_bias) > MAX_LOGIT_BIAS:

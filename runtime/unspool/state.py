@@ -101,13 +101,14 @@ class StatePool:
 
     def __init__(self, config: UnspoolConfig, num_slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.device = torch.device(device)
-        self.layers: tuple[LayerState, ...] = tuple(
-            {
-                name: torch.zeros(num_slots, *shape, dtype=tensor_dtype, device=self.device)
-                for name, (shape, tensor_dtype) in layer_state_specs(config, spec, dtype).items()
-            }
-            for spec in config.mixer_specs()
-        )
+        with torch.inference_mode(False):  # so that a pool made in inference mode can be written to outside it
+            self.layers: tuple[LayerState, ...] = tuple(
+                {
+                    name: torch.zeros(num_slots, *shape, dtype=tensor_dtype, device=self.device)
+                    for name, (shape, tensor_dtype) in layer_state_specs(config, spec, dtype).items()
+                }
+                for spec in config.mixer_specs()
+            )
         self.positions: list[int] = [0] * num_slots
         """Tokens that each slot has consumed."""
 
@@ -140,5 +141,5 @@ class StatePool:
         """Slot i takes what slot source[i] held, for every i at once."""
         self.positions = [self.positions[i] for i in source.tolist()]
         for layer in self.layers:
-            for name, tensor in layer.items():
-                layer[name] = tensor.index_select(0, source.to(tensor.device))
+            for tensor in layer.values():
+                tensor.copy_(tensor.index_select(0, source.to(tensor.device)))

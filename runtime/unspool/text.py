@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from unspool.errors import UserError
@@ -138,8 +137,9 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
         )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise InvalidRequest("messages", f"the model's chat template refuses them: {error}") from error
+    except Exception as error:  # the template is the model's own program: it can raise whatever a program can
+        reason = str(error) or type(error).__name__
+        raise InvalidRequest("messages", f"the model's chat template refuses them: {reason}") from error
     assert isinstance(text, str)
     return _encode(tokenizer, text, "messages", add_special_tokens=False)
 

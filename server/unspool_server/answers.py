@@ -9,12 +9,10 @@ from starlette.types import Receive
 
 from unspool.requests import EngineEvent, GenerationRequest
 from unspool_server.choices import Choice, Piece, joined, usage_of
-from unspool_server.errors import ApiError, as_api_error
+from unspool_server.errors import CLIENT_CLOSED_REQUEST, ApiError, as_api_error
 from unspool_server.generations import Generations, Run
 from unspool_server.schemas import GenerationBody, StreamOptions
 from unspool_server.streams import DONE, EventStream, encode, frame
-
-CLIENT_CLOSED_REQUEST = 499
 
 Result = TypeVar("Result")
 Body = dict[str, Any]

@@ -14,12 +14,12 @@ from unspool_server.service import Service
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application that serves `service` under its settings, and shuts it down when it ends itself."""
+    """The application that serves `service` under its settings, and closes it when it ends itself."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(service.shutdown)
+        await asyncio.to_thread(service.close)
 
     app = FastAPI(title="Unspool", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = service

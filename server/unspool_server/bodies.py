@@ -7,8 +7,10 @@ from typing import Any, NoReturn, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 
-from unspool_server.errors import ApiError, validation_error
+from unspool_server.errors import CLIENT_CLOSED_REQUEST, ApiError, validation_error
+from unspool_server.service import service_of
 
 MAX_DEPTH = 32
 MAX_MEMBERS = 2048
@@ -21,7 +23,21 @@ async def read_body(request: Request, schema: type[Body]) -> Body:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise ApiError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send the body as JSON with Content-Type: application/json")
-    return await asyncio.to_thread(parse_body, await request.body(), schema)
+    service = service_of(request)
+    raw = await _receive(request, service.settings.body_timeout)
+    return await service.prepare(parse_body, raw, schema)
+
+
+async def _receive(request: Request, seconds: int) -> bytes:
+    try:
+        async with asyncio.timeout(seconds):
+            return await request.body()
+    except TimeoutError:
+        message = f"the body did not arrive within {seconds} seconds"
+        headers = {"Connection": "close"}
+        raise ApiError(HTTPStatus.REQUEST_TIMEOUT, message, code="body_timeout", headers=headers) from None
+    except ClientDisconnect:  # nobody is left to be answered; the status is for the log
+        raise ApiError(CLIENT_CLOSED_REQUEST, "the client left before its request was complete") from None
 
 
 def parse_body(raw: bytes, schema: type[Body]) -> Body:

@@ -1,6 +1,5 @@
 """POST /v1/chat/completions: messages by the model's own template, OpenAI's chat format."""
 
-import asyncio
 import time
 import uuid
 from typing import Any
@@ -13,7 +12,7 @@ from unspool.text import TextStream, render_chat
 from unspool_server.answers import Answer, respond
 from unspool_server.bodies import describe_body, read_body
 from unspool_server.choices import Choice, Piece, ScoredToken
-from unspool_server.limits import check_output_tokens, check_tokens
+from unspool_server.limits import check_output_tokens, check_text_length, check_tokens
 from unspool_server.schemas import ChatBody
 from unspool_server.service import Backend, service_of
 from unspool_server.settings import ServerSettings
@@ -29,7 +28,7 @@ async def create_chat_completion(request: Request) -> Response:
     body = await read_body(request, ChatBody)
     backend = service.backend_of(body.model)
     backend.generations.check_room(1)
-    answer = await asyncio.to_thread(prepare_chat, body, backend, service.settings)
+    answer = await service.prepare(prepare_chat, body, backend, service.settings)
     return await respond(request, body, answer, backend.generations)
 
 
@@ -39,6 +38,8 @@ def prepare_chat(body: ChatBody, backend: Backend, settings: ServerSettings) -> 
     max_tokens = body.output_tokens(settings.max_output_tokens)
     check_output_tokens(max_tokens, settings)
     tokenizer = backend.model.tokenizer
+    num_characters = sum(len(message.content) for message in body.messages)
+    check_text_length("messages", num_characters, backend.vocabulary.longest_token, settings)
     try:
         prompt = tuple(render_chat(tokenizer, [message.for_template() for message in body.messages]))
     except UserError as error:  # the model has no template
@@ -48,7 +49,7 @@ def prepare_chat(body: ChatBody, backend: Backend, settings: ServerSettings) -> 
         request_id=reply.id,
         prompt=prompt,
         max_tokens=max_tokens,
-        sampling=body.sampling(),
+        sampling=body.sampling(backend.model.sampling_defaults),
         stop_ids=body.stop_ids(backend.model.eos_ids),
         logprobs=body.num_logprobs(),
     )

@@ -7,9 +7,11 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import torch
 import uvicorn
@@ -17,15 +19,17 @@ import uvicorn
 from unspool.engine import Engine, EngineOptions
 from unspool.errors import UserError
 from unspool.flags import add_flags, from_flags
-from unspool.loading import load
+from unspool.loading import LoadedModel, load
 from unspool.local import LocalOptions
 from unspool_server.app import create_app
 from unspool_server.keys import read_keys
+from unspool_server.schemas import SAMPLING_DEFAULTS
 from unspool_server.service import Backend, ServedModel, Service
 from unspool_server.settings import ServerSettings
 
-# For telling clients that the time is up, before uvicorn breaks their connections off.
+# For telling clients that the time is up, before their connections are broken off.
 LAST_WORDS_SECONDS = 5
+POLL_SECONDS = 0.1
 
 logger = logging.getLogger("uvicorn.error")
 
@@ -33,6 +37,7 @@ logger = logging.getLogger("uvicorn.error")
 def add_serve(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
     """Adds the verb's arguments, and returns what runs it until SIGTERM or SIGINT."""
     parser.add_argument("model", metavar="DST", type=Path, help="directory that `unspool convert` wrote")
+    parser.epilog = SAMPLING_DEFAULTS
     add_flags(parser.add_argument_group("server"), ServerSettings)
     keys = parser.add_argument_group(
         "keys", "Without a flag the key is taken from UNSPOOL_API_KEY. Flags can be read in the list of processes."
@@ -63,23 +68,43 @@ class ModelStart:
     hardware: LocalOptions
 
     def __call__(self) -> Backend:
-        """Loads the model and starts its engine. Raises UserError when the directory holds no converted model."""
+        """Loads the model and starts its engine.
+
+        Raises UserError when the directory holds no sound converted model, or there is no memory for the slots.
+        """
         if self.hardware.threads is not None:
             torch.set_num_threads(self.hardware.threads)
         dtype = None if self.hardware.dtype == "auto" else getattr(torch, self.hardware.dtype)
         loaded = load(self.path, dtype=dtype, device=self.hardware.device)
-        engine = Engine(loaded.model, self.engine)
+        engine = self._make_engine(loaded)
         engine.start()
-        served = ServedModel(self.name or loaded.name, loaded.tokenizer, loaded.eos_ids)
+        served = ServedModel(self.name or loaded.name, loaded.tokenizer, loaded.eos_ids, loaded.sampling_defaults)
         return Backend(served, engine, self.engine.max_slots, self.engine.max_queue)
+
+    def _make_engine(self, loaded: LoadedModel) -> Engine:
+        try:
+            return Engine(loaded.model, self.engine)
+        except (RuntimeError, MemoryError) as error:  # PyTorch raises RuntimeError when it gets no memory
+            slots, reason = self.engine.max_slots, (str(error).splitlines() or ["out of memory"])[0]
+            raise UserError(f"cannot hold {slots} slots: {reason}; pass a smaller --max-slots") from error
 
 
 class GracefulServer(uvicorn.Server):
-    """Lets answers finish after a signal; those that take too long are ended with an error that says why."""
+    """Lets answers finish after a signal; those that take too long are ended with an error that says why.
+
+    A second signal ends them so at once.
+    """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+        self._in_haste = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit and not self._in_haste:
+            self._in_haste = True
+            return
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         cut_off = asyncio.create_task(self._cut_off())
@@ -89,8 +114,14 @@ class GracefulServer(uvicorn.Server):
             cut_off.cancel()
 
     async def _cut_off(self) -> None:
-        await asyncio.sleep(self._service.settings.shutdown_timeout)
+        deadline = time.monotonic() + self._service.settings.shutdown_timeout
+        while not self._in_haste and time.monotonic() < deadline:
+            await asyncio.sleep(POLL_SECONDS)
         await asyncio.to_thread(self._service.shutdown)
+        await asyncio.sleep(LAST_WORDS_SECONDS)
+        # Who is still here does not read, or does not send: to its request this is a client that has left.
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 class Startup(threading.Thread):
@@ -139,8 +170,9 @@ def _listen(settings: ServerSettings) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
-    except OSError as error:
-        raise UserError(f"cannot listen on {settings.host} port {settings.port}: {error.strerror}") from error
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "that is no host name"
+        raise UserError(f"cannot listen on {settings.host} port {settings.port}: {reason}") from error
 
 
 def _uvicorn_config(service: Service, settings: ServerSettings) -> uvicorn.Config:
@@ -150,5 +182,6 @@ def _uvicorn_config(service: Service, settings: ServerSettings) -> uvicorn.Confi
         log_level=settings.log_level,
         proxy_headers=False,
         server_header=False,
-        timeout_graceful_shutdown=settings.shutdown_timeout + LAST_WORDS_SECONDS,
+        limit_concurrency=settings.max_connections + 1,  # uvicorn refuses the one that reaches its limit
+        timeout_graceful_shutdown=settings.shutdown_timeout + 2 * LAST_WORDS_SECONDS,
     )

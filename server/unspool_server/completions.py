@@ -1,6 +1,5 @@
 """POST /v1/completions: prompts as text or tokens, OpenAI's legacy log-probabilities."""
 
-import asyncio
 import time
 import uuid
 from typing import Any
@@ -13,7 +12,13 @@ from unspool_server.answers import Answer, respond
 from unspool_server.bodies import describe_body, read_body
 from unspool_server.choices import Choice, Piece, ScoredToken
 from unspool_server.fields import Prompt
-from unspool_server.limits import check_output_tokens, check_prompt_count, check_scores, check_tokens
+from unspool_server.limits import (
+    check_output_tokens,
+    check_prompt_count,
+    check_scores,
+    check_text_length,
+    check_tokens,
+)
 from unspool_server.schemas import CompletionBody
 from unspool_server.service import Backend, service_of
 from unspool_server.settings import ServerSettings
@@ -30,7 +35,7 @@ async def create_completion(request: Request) -> Response:
     backend = service.backend_of(body.model)
     check_prompt_count(len(body.prompt), service.settings)
     backend.generations.check_room(len(body.prompt))
-    answer = await asyncio.to_thread(prepare_completion, body, backend, service.settings)
+    answer = await service.prepare(prepare_completion, body, backend, service.settings)
     return await respond(request, body, answer, backend.generations)
 
 
@@ -41,7 +46,7 @@ def prepare_completion(body: CompletionBody, backend: Backend, settings: ServerS
     prompts = [_tokens(prompt, backend, settings) for prompt in body.prompt]
     if body.echo and body.logprobs is not None:
         check_scores(prompts, body.logprobs)
-    sampling, stop_ids = body.sampling(), body.stop_ids(backend.model.eos_ids)
+    sampling, stop_ids = body.sampling(backend.model.sampling_defaults), body.stop_ids(backend.model.eos_ids)
     requests = [
         GenerationRequest(
             request_id=f"{reply.id}-{index}",
@@ -59,24 +64,26 @@ def prepare_completion(body: CompletionBody, backend: Backend, settings: ServerS
 
 
 def _tokens(prompt: Prompt, backend: Backend, settings: ServerSettings) -> tuple[int, ...]:
-    tokens = tuple(encode_prompt(backend.model.tokenizer, prompt)) if isinstance(prompt, str) else prompt
-    check_tokens("prompt", tokens, settings)
-    return tokens
+    if isinstance(prompt, str):
+        check_text_length("prompt", len(prompt), backend.vocabulary.longest_token, settings)
+        prompt = tuple(encode_prompt(backend.model.tokenizer, prompt))
+    check_tokens("prompt", prompt, settings)
+    return prompt
 
 
 def _choice(index: int, request: GenerationRequest, body: CompletionBody, backend: Backend) -> Choice:
-    echo = _echo(body.prompt[index], backend) if body.echo else ""
+    echo = _echo(body.prompt[index], request.prompt, backend) if body.echo else ""
     stream = TextStream(backend.model.tokenizer, body.stop, context=request.prompt)
     return Choice(index, request, stream, TextOffsets(backend.vocabulary, echo), echo)
 
 
-def _echo(prompt: Prompt, backend: Backend) -> str:
-    """The prompt as it was sent; of tokens, all that they stand for."""
-    if isinstance(prompt, str):
-        return prompt
-    text = backend.model.tokenizer.decode(list(prompt), clean_up_tokenization_spaces=False)
+def _echo(prompt: Prompt, tokens: tuple[int, ...], backend: Backend) -> str:
+    """The prompt as it was sent; of tokens, all that they stand for. But for what the answer's text begins with: the
+    bytes at the end of the prompt that may be no whole character yet."""
+    tokenizer = backend.model.tokenizer
+    text = prompt if isinstance(prompt, str) else tokenizer.decode(list(prompt), clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
-    return text
+    return text.removesuffix(TextStream(tokenizer, context=tokens).finish())
 
 
 class CompletionFormat:

@@ -1,7 +1,8 @@
 """Failures as OpenAI's error body. Messages name fields and rules, never the values that were sent."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 1
 MAX_NAME_CHARS = 64
+CLIENT_CLOSED_REQUEST = 499  # as nginx logs it
 
 
 @dataclass(eq=False)
@@ -28,6 +30,7 @@ class ApiError(Exception):
     kind: str = "invalid_request_error"
     param: str | None = None
     code: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     def body(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
@@ -37,10 +40,10 @@ class ApiError(Exception):
 
     def _headers(self) -> dict[str, str]:
         if self.status == HTTPStatus.SERVICE_UNAVAILABLE:
-            return {"Retry-After": str(RETRY_AFTER_SECONDS)}
+            return {"Retry-After": str(RETRY_AFTER_SECONDS), **self.headers}
         if self.status == HTTPStatus.UNAUTHORIZED:
-            return {"WWW-Authenticate": "Bearer"}
-        return {}
+            return {"WWW-Authenticate": "Bearer", **self.headers}
+        return dict(self.headers)
 
 
 def invalid(param: str, message: str) -> ApiError:
@@ -70,7 +73,8 @@ def as_api_error(error: Exception) -> ApiError:
             return unavailable("the engine has stopped; the server must be restarted", "engine_dead")
         case HTTPException():
             phrase = HTTPStatus(error.status_code).phrase
-            return ApiError(error.status_code, f"{phrase}: see /openapi.json for what is served")
+            message = f"{phrase}: see /openapi.json for what is served"
+            return ApiError(error.status_code, message, headers=error.headers or {})
         case _:
             logger.error("a request failed", exc_info=error)
             return internal_error()

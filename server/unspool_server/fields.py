@@ -1,5 +1,6 @@
 """Kinds of request field: text, prompts, stop strings, biases, and fields that may only be left at their default."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from unspool.requests import MAX_LOGIT_BIAS
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_TOKEN_DIGITS = 9
+MAX_BIAS = 100
 
 Prompt = str | tuple[int, ...]
 
@@ -33,12 +35,13 @@ class Only:
     def _check(self, value: Any) -> Any:
         if value is None or any(type(value) is type(allowed) and value == allowed for allowed in self.values):
             return value
-        shown = "".join(f" or {allowed!r}" for allowed in self.values)
-        raise _wrong(f"is not implemented beyond its default; leave it out or send null{shown}")
+        shown = "".join(f" or {json.dumps(allowed)}" for allowed in self.values)
+        raise wrong(f"is not implemented beyond its default; leave it out or send null{shown}")
 
 
-def _wrong(message: str) -> PydanticCustomError:
-    return PydanticCustomError("invalid", message.replace("{", "{{").replace("}", "}}"))
+def wrong(message: str) -> PydanticCustomError:
+    """What a validator raises. The message is no template: braces in it are braces."""
+    return PydanticCustomError("invalid", "{message}", {"message": message})
 
 
 def _is_text(value: Any) -> bool:
@@ -58,18 +61,17 @@ def _is_token(value: Any) -> bool:
 
 def _read_text(value: Any) -> str:
     if not _is_text(value):
-        raise _wrong("must be a string of valid Unicode")
+        raise wrong("must be a string of valid Unicode")
     return str(value)
 
 
 def _read_prompts(value: Any) -> tuple[Prompt, ...]:
-    if isinstance(value, list) and value:
-        return _read_token_prompt(value) or tuple(_read_prompt(prompt) for prompt in value)
-    return (_read_prompt(value),)
-
-
-def _read_token_prompt(value: list[Any]) -> tuple[Prompt, ...] | None:
-    return (tuple(value),) if all(map(_is_token, value)) else None
+    if not isinstance(value, list) or (value and all(map(_is_token, value))):
+        return (_read_prompt(value),)
+    prompts = tuple(_read_prompt(prompt) for prompt in value)
+    if len({type(prompt) for prompt in prompts}) != 1:
+        raise _wrong_prompt()
+    return prompts
 
 
 def _read_prompt(value: Any) -> Prompt:
@@ -77,7 +79,11 @@ def _read_prompt(value: Any) -> Prompt:
         return str(value)
     if isinstance(value, list) and value and all(map(_is_token, value)):
         return tuple(value)
-    raise _wrong(
+    raise _wrong_prompt()
+
+
+def _wrong_prompt() -> PydanticCustomError:
+    return wrong(
         "must be a string, a list of strings, a list of token ids, or a list of lists of token ids; none empty"
     )
 
@@ -85,9 +91,9 @@ def _read_prompt(value: Any) -> Prompt:
 def _read_stop(value: Any) -> tuple[str, ...]:
     strings = [] if value is None else value if isinstance(value, list) else [value]
     if len(strings) > MAX_STOP_STRINGS:
-        raise _wrong(f"at most {MAX_STOP_STRINGS} strings")
+        raise wrong(f"at most {MAX_STOP_STRINGS} strings")
     if not all(_is_text(string) and 0 < len(string) <= MAX_STOP_CHARS for string in strings):
-        raise _wrong(f"must be a string or a list of strings, each of 1 to {MAX_STOP_CHARS} characters")
+        raise wrong(f"must be a string or a list of strings, each of 1 to {MAX_STOP_CHARS} characters")
     return tuple(strings)
 
 
@@ -95,11 +101,12 @@ def _read_logit_bias(value: Any) -> dict[int, float]:
     if value is None:
         return {}
     if not isinstance(value, dict) or len(value) > MAX_LOGIT_BIAS:
-        raise _wrong(f"must be an object of at most {MAX_LOGIT_BIAS} token ids and their biases")
+        raise wrong(f"must be an object of at most {MAX_LOGIT_BIAS} token ids and their biases")
     if not all(key.isascii() and key.isdecimal() and len(key) <= MAX_TOKEN_DIGITS for key in value):
-        raise _wrong("its keys must be token ids")
-    if not all(type(bias) in (int, float) for bias in value.values()):
-        raise _wrong("its values must be numbers")
+        raise wrong("its keys must be token ids")
+    # In this order: an integer of hundreds of digits is no float.
+    if not all(type(bias) in (int, float) and -MAX_BIAS <= bias <= MAX_BIAS for bias in value.values()):
+        raise wrong(f"its values must be numbers between -{MAX_BIAS} and {MAX_BIAS}")
     return {int(key): float(bias) for key, bias in value.items()}
 
 
@@ -112,7 +119,7 @@ def _read_content(value: Any) -> str:
 
 def _read_part(part: Any) -> str:
     if not isinstance(part, dict) or part.get("type") != "text" or not set(part) <= {"type", "text"}:
-        raise _wrong("only text parts are implemented: {'type': 'text', 'text': string}")
+        raise wrong('only text parts are implemented: {"type": "text", "text": string}')
     return _read_text(part.get("text"))
 
 
@@ -142,7 +149,7 @@ _STOP_SCHEMA: JsonSchemaValue = {
 }
 _BIAS_SCHEMA: JsonSchemaValue = {
     "type": ["object", "null"],
-    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS},
     "maxProperties": MAX_LOGIT_BIAS,
 }
 _CONTENT_SCHEMA: JsonSchemaValue = {"anyOf": [_STRING, {"type": "array", "items": _TEXT_PART}]}

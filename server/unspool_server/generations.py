@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
@@ -35,7 +36,8 @@ class Run:
     def __init__(self, engine: GenerationEngine) -> None:
         self._engine = engine
         self._open: set[str] = set()
-        self.num_submitted = 0
+        self._closed = False
+        self._changing = threading.Lock()
         self._events: asyncio.Queue[EngineEvent] = asyncio.Queue()
 
     async def batches(self) -> AsyncIterator[list[EngineEvent]]:
@@ -51,25 +53,38 @@ class Run:
 
     def end(self, request_id: str) -> None:
         """Says that no more is wanted of a generation, finished or not."""
-        if request_id in self._open:
+        with self._changing:
+            was_open = request_id in self._open
             self._open.discard(request_id)
+        if was_open:
             self._engine.cancel(request_id)
 
     def close(self) -> None:
-        for request_id in list(self._open):
+        """Ends all generations, and those that another thread is just submitting."""
+        with self._changing:
+            self._closed = True
+            still_open = list(self._open)
+        for request_id in still_open:
             self.end(request_id)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
 
     def submit(self, request: GenerationRequest, sink: EventSink) -> None:
         self._engine.submit(request, sink)
-        self._open.add(request.request_id)
-        self.num_submitted += 1
+        with self._changing:
+            self._open.add(request.request_id)
+            closed = self._closed
+        if closed:
+            self.end(request.request_id)
 
     def receive(self, event: EngineEvent) -> None:
         self._events.put_nowait(event)
 
 
 class Generations:
-    """Starts runs and counts what is in flight. Belongs to one event loop.
+    """Starts runs and counts what is in flight: what the engine has accepted and not finished.
 
     `max_slots` and `max_queue` are how many generations the engine runs, and how many it lets wait.
     """
@@ -78,7 +93,8 @@ class Generations:
         self._engine = engine
         self._max_slots = max_slots
         self._max_queue = max_queue
-        self._in_flight = 0
+        self.num_in_flight = 0
+        self._counting = threading.Lock()
 
     def check_room(self, count: int) -> None:
         """Refuses early, before a prompt is tokenised, what the engine would refuse.
@@ -89,36 +105,43 @@ class Generations:
             raise InvalidRequest("prompt", f"at most {self._max_queue} prompts fit the queue")
         if not self._engine.alive:
             raise EngineDead("the engine has stopped")
-        if self._in_flight + count > self._max_slots + self._max_queue:
-            raise EngineBusy(f"{self._in_flight} generations are in flight")
+        if self.num_in_flight + count > self._max_slots + self._max_queue:
+            raise EngineBusy(f"{self.num_in_flight} generations are in flight")
 
     async def start(self, requests: Sequence[GenerationRequest]) -> Run:
         """Submits all requests or none. Raises what the engine's `submit` raises."""
         run = Run(self._engine)
         sink = self._sink(run, asyncio.get_running_loop())
-        self._in_flight += len(requests)
         try:
             # The engine checks every token of a prompt as it takes it.
             await asyncio.to_thread(self._submit, run, requests, sink)
         except BaseException:
-            self._in_flight -= len(requests) - run.num_submitted
             run.close()
             raise
         return run
 
     def _submit(self, run: Run, requests: Sequence[GenerationRequest], sink: EventSink) -> None:
+        """Stops where the run is closed: whoever started it may have gone while this thread went on."""
         for request in requests:
-            run.submit(request, sink)
+            if run.closed:
+                return
+            self._count(1)
+            try:
+                run.submit(request, sink)
+            except BaseException:
+                self._count(-1)
+                raise
+
+    def _count(self, change: int) -> None:
+        with self._counting:
+            self.num_in_flight += change
 
     def _sink(self, run: Run, loop: asyncio.AbstractEventLoop) -> EventSink:
         def deliver(event: EngineEvent) -> None:
+            if isinstance(event, FinishEvent):
+                self._count(-1)
             # A loop that is closed has nobody left to tell.
             with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._receive, run, event)
+                loop.call_soon_threadsafe(run.receive, event)
 
         return deliver
-
-    def _receive(self, run: Run, event: EngineEvent) -> None:
-        if isinstance(event, FinishEvent):
-            self._in_flight -= 1
-        run.receive(event)

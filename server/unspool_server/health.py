@@ -10,6 +10,7 @@ from unspool_server.service import service_of
 router = APIRouter()
 
 
+@router.head("/health/live", include_in_schema=False)
 @router.get("/health/live")
 async def report_live(request: Request) -> dict[str, Any]:
     """503 once the engine has stopped: only a restart helps."""
@@ -18,6 +19,8 @@ async def report_live(request: Request) -> dict[str, Any]:
     return {"status": "live"}
 
 
+@router.head("/health", include_in_schema=False)
+@router.head("/health/ready", include_in_schema=False)
 @router.get("/health")
 @router.get("/health/ready")
 async def report_ready(request: Request) -> dict[str, Any]:

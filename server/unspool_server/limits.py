@@ -14,9 +14,19 @@ def check_prompt_count(count: int, settings: ServerSettings) -> None:
         raise InvalidRequest("prompt", f"at most {settings.max_prompts} prompts")
 
 
+def check_text_length(field: str, num_characters: int, longest_token: int, settings: ServerSettings) -> None:
+    """Refuses, without tokenising it, a text that cannot fit; what the tokenizer would drop of it counts too."""
+    if num_characters > settings.max_prompt_tokens * longest_token:
+        raise _too_many_tokens(field, settings)
+
+
 def check_tokens(field: str, prompt: Sequence[int], settings: ServerSettings) -> None:
     if len(prompt) > settings.max_prompt_tokens:
-        raise InvalidRequest(field, f"at most {settings.max_prompt_tokens} tokens")
+        raise _too_many_tokens(field, settings)
+
+
+def _too_many_tokens(field: str, settings: ServerSettings) -> InvalidRequest:
+    return InvalidRequest(field, f"at most {settings.max_prompt_tokens} tokens")
 
 
 def check_output_tokens(count: int, settings: ServerSettings) -> None:

@@ -1,16 +1,22 @@
 """The bodies of the generation routes: OpenAI's documented fields, our sampling extras, and nothing else."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, ValidationInfo, field_validator
 
 from unspool.requests import MAX_LOGPROBS, InvalidRequest, SamplingParams
-from unspool_server.fields import Content, LogitBias, Only, Prompts, StopStrings, Text
+from unspool_server.fields import Content, LogitBias, Only, Prompts, StopStrings, Text, wrong
 
 MAX_MESSAGES = 4096
 MAX_STOP_TOKENS = 128
 DEFAULT_COMPLETION_TOKENS = 16
+
+SAMPLING_DEFAULTS = (
+    "Sampling fields that a request leaves out come from the model's generation_config.json if it asks for sampling, "
+    "else they have OpenAI's defaults."
+)
 
 LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 TokenCount = Annotated[int, Field(ge=0)]
@@ -30,6 +36,8 @@ class StreamOptions(Strict):
 
 class GenerationBody(Strict):
     """What both generation routes take. Value ranges of sampling fields are SamplingParams' to check."""
+
+    model_config = ConfigDict(json_schema_extra={"description": SAMPLING_DEFAULTS})
 
     model: str
     max_tokens: TokenCount | None = None
@@ -52,10 +60,18 @@ class GenerationBody(Strict):
     stop_token_ids: Annotated[list[TokenCount], Field(max_length=MAX_STOP_TOKENS)] | None = None
     min_tokens: Annotated[Any, Only((0,))] = None
 
-    def sampling(self) -> SamplingParams:
-        """Raises InvalidRequest for a value out of range."""
+    @field_validator("stream_options")
+    @classmethod
+    def _needs_a_stream(cls, options: StreamOptions | None, others: ValidationInfo) -> StreamOptions | None:
+        if options is not None and not others.data.get("stream"):
+            raise wrong("needs stream to be true")
+        return options
+
+    def sampling(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """What is left out, or null, comes from `defaults`. Raises InvalidRequest for a value out of range."""
         values = {field.name: getattr(self, field.name) for field in fields(SamplingParams)}
-        return SamplingParams(**{name: value for name, value in values.items() if value is not None})
+        given = {name: value for name, value in values.items() if value is not None}
+        return SamplingParams(**(dict(defaults) | given))
 
     def stop_ids(self, eos_ids: frozenset[int]) -> frozenset[int]:
         return frozenset(self.stop_token_ids or ()) | (frozenset() if self.ignore_eos else eos_ids)

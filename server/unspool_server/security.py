@@ -68,7 +68,8 @@ class Authentication:
     def _refusal(self, headers: Headers) -> ApiError | None:
         if not self._keys:
             if self._loopback_only and not LOOPBACK_HOST.fullmatch(headers.get("host", "")):
-                return _unauthenticated("this server has no key and answers to localhost only; set one to use a name")
+                message = "this server has no key and answers to localhost only; set one to use another name"
+                return ApiError(HTTPStatus.FORBIDDEN, message, "permission_error", code="host_not_allowed")
             return None
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key:

@@ -1,8 +1,12 @@
 """What the routes serve: nothing while the model loads, then one model behind one engine."""
 
+import asyncio
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from http import HTTPStatus
+from typing import Any, TypeVar, TypeVarTuple
 
 from fastapi import Request
 from transformers import PreTrainedTokenizerBase
@@ -13,14 +17,20 @@ from unspool_server.generations import GenerationEngine, Generations
 from unspool_server.settings import ServerSettings
 from unspool_server.vocabulary import Vocabulary
 
+PREPARING_THREADS = 2
+
+Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model's name in the API, its tokenizer, and the tokens that end its texts."""
+    """A model's name in the API, its tokenizer, the tokens that end its texts, and how it wants to be sampled."""
 
     name: str
     tokenizer: PreTrainedTokenizerBase
     eos_ids: frozenset[int]
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Backend:
@@ -43,9 +53,19 @@ class Service:
         """Whether the engine had stopped before it was told to."""
         self._backend: Backend | None = None
         self._ended = False
+        self._preparing = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="unspool-prepare")
 
     def open(self, backend: Backend) -> None:
         self._backend = backend
+
+    async def prepare(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
+        """Runs what grows with a request's size, on threads of its own: the loop's are for answers under way."""
+        return await asyncio.get_running_loop().run_in_executor(self._preparing, work, *arguments)
+
+    def close(self) -> None:
+        """Ends everything. Nothing may be asked for afterwards."""
+        self.shutdown()
+        self._preparing.shutdown(wait=False, cancel_futures=True)
 
     def shutdown(self) -> None:
         """Ends the engine; whatever is in flight is cancelled."""

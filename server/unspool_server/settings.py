@@ -7,6 +7,16 @@ from typing import Literal
 MIB = 1 << 20
 MAX_PORT = 65535
 
+AT_LEAST_ONE = (
+    "max_output_tokens",
+    "max_prompt_tokens",
+    "max_prompts",
+    "max_body_bytes",
+    "max_connections",
+    "body_timeout",
+    "shutdown_timeout",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
@@ -23,6 +33,10 @@ class ServerSettings:
     max_prompt_tokens: int = field(default=131072, metadata={"help": "most tokens of one prompt"})
     max_prompts: int = field(default=128, metadata={"help": "most prompts of one request"})
     max_body_bytes: int = field(default=8 * MIB, metadata={"help": "largest request body"})
+    max_connections: int = field(
+        default=1024, metadata={"help": "most connections at a time; a request on a further one is answered by 503"}
+    )
+    body_timeout: int = field(default=60, metadata={"help": "seconds that a request's body may take to arrive"})
     shutdown_timeout: int = field(
         default=30, metadata={"help": "seconds that answers in flight may take after SIGTERM"}
     )
@@ -37,7 +51,7 @@ class ServerSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= MAX_PORT:
             raise ValueError(f"port={self.port} must be between 0 and {MAX_PORT}")
-        for name in ("max_output_tokens", "max_prompt_tokens", "max_prompts", "max_body_bytes", "shutdown_timeout"):
+        for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.served_model_name == "":

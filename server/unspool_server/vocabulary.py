@@ -23,6 +23,8 @@ class Vocabulary:
         self._added = {token: str(content) for token, content in tokenizer.added_tokens_decoder.items()}
         self._special: Collection[int] = frozenset(tokenizer.all_special_ids)
         self._byte_of = _byte_alphabet() if "ByteLevel" in self._kinds else {}
+        self.longest_token = max(map(len, tokenizer.get_vocab()), default=0)
+        """Characters of a text that one token can stand for, at most: a byte-level piece has a letter for each byte."""
 
     def is_special(self, token: int) -> bool:
         return token in self._special

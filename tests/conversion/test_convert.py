@@ -1,24 +1,27 @@
 """Whole conversions of tiny teachers: the tensors are the source's, and the model computes what the teacher does."""
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from unspool import UnspoolConfig
 from unspool.errors import UserError
 from unspool.loading import load
 from unspool_conversion import convert as convert_module
-from unspool_conversion.architectures import naming_of
+from unspool_conversion.architectures import UNCHANGED, naming_of
 from unspool_conversion.convert import Progress, convert
 from unspool_conversion.options import CalibrationOptions, ConvertOptions, PerLayer
+from unspool_conversion.plan import PlannedTensor
 from unspool_conversion.reports import load_report
 from unspool_conversion.tensor_source import file_sha256
+from unspool_conversion.writer import split_into_shards, write_shards
 
 SaveTeacher = Callable[..., Path]
 StoredTensors = Callable[[Path], dict[str, torch.Tensor]]
@@ -131,6 +134,34 @@ def test_dtypes(
     assert model.lm_head.weight.dtype == expected
 
 
+def test_a_weight_that_float16_cannot_hold_is_named(save_teacher: SaveTeacher, tmp_path: Path) -> None:
+    source = save_teacher()
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = -7e4
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    message = r"model\.layers\.1\.mlp\.up_proj\.weight exceeds float16's range; use --dtype bfloat16"
+    with pytest.raises(UserError, match=message):
+        convert(options(source, tmp_path / "out", dtype="float16", calibration=CalibrationOptions(enabled=False)))
+    assert not (tmp_path / "out").exists()
+    convert(options(source, tmp_path / "out", dtype="bfloat16"))
+
+
+def test_one_shard_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    loaded: list[weakref.ref[torch.Tensor]] = []
+    names = ("a", "b", "c", "d")
+
+    def load_one(name: str) -> torch.Tensor:
+        alive = [reference for reference in loaded if reference() is not None]
+        assert len(alive) == names.index(name) % 2
+        tensor = torch.ones(4)
+        loaded.append(weakref.ref(tensor))
+        return tensor
+
+    tensors = [PlannedTensor(name, name, UNCHANGED, (4,), torch.float32) for name in names]
+    write_shards(tmp_path, split_into_shards(tensors, 32), load_one, lambda done, total: None)
+    assert len(loaded) == 4
+
+
 def test_sharding_does_not_change_the_model(
     save_teacher: SaveTeacher, tmp_path: Path, stored_tensors: StoredTensors
 ) -> None:
@@ -169,7 +200,7 @@ def test_the_report_says_what_was_done(save_teacher: SaveTeacher, tmp_path: Path
     assert report["linearize"]["preset"] == "lolcats"
     assert report["linearize"]["layers"] == {"1": {"window": 32}}
     assert report["source"]["files"][0]["sha256"] == file_sha256(source / "model.safetensors")
-    assert report["calibration"]["tokens"] == 128
+    assert report["calibration"] == {"enabled": False}
     assert report["sizes"]["weight_bytes"] == result.plan.num_bytes
 
 

@@ -51,7 +51,7 @@ def test_a_teacher_window_that_fits_the_near_set_is_kept_exactly() -> None:
     [
         ({"preset": "magic"}, "preset 'magic' is not known; choose from disjoint"),
         ({"window": parse_per_layer("9=5")}, "layer 9 does not exist; the model has layers 0 to 1"),
-        ({"window": parse_per_layer("0")}, "window=0 must be between"),
+        ({"window": parse_per_layer("0")}, "window=0 must be a number between 1"),
         ({"overrides": {"feature_map": "identity"}}, "feature_map='identity'"),
     ],
 )

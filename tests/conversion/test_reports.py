@@ -33,7 +33,12 @@ REPORT: dict[str, Any] = {
         "state_bytes_per_session": 640,
         "teacher_cache_bytes_per_token": 64,
     },
-    "calibration": {"enabled": True, "tokens": 4096, "text": "prose.txt"},
+    "calibration": {
+        "enabled": True,
+        "tokens": 4096,
+        "text": "prose.txt",
+        "layers": [{"half_life": [64.0]}, {"half_life": [256.0]}],
+    },
 }
 VERIFICATION: dict[str, Any] = {
     "text": "held-out.txt",
@@ -95,6 +100,23 @@ def test_measurements_appear_after_verification(tmp_path: Path) -> None:
     text = card(tmp_path, REPORT | {"verification": VERIFICATION})
     assert "Not verified yet" not in text
     assert "| teacher | 20.12 | 18 |" in text
+
+
+def test_the_card_says_what_was_fitted_and_where(tmp_path: Path) -> None:
+    calibration: dict[str, Any] = REPORT["calibration"]
+    whole = "Fitted on 4096 tokens of prose.txt: the far part's weight and half-life, in 2 of the layers."
+    assert whole in card(tmp_path, REPORT)
+    weight_only = calibration | {"layers": [{"half_life": None}]}
+    assert "the far part's weight, in 1 of the layers." in card(tmp_path, REPORT | {"calibration": weight_only})
+    text = card(tmp_path, REPORT | {"calibration": {"enabled": False}})
+    assert "Fitted on" not in text and "parameters that the conversion added have their initial values" in text
+
+
+def test_a_near_set_without_room_for_greedy_text_says_nothing_of_it(tmp_path: Path) -> None:
+    exactness = VERIFICATION["exactness"] | {"same_greedy_tokens": None}
+    text = card(tmp_path, REPORT | {"verification": VERIFICATION | {"exactness": exactness}})
+    assert "1.2e-06 of the largest. Reading" in text
+    assert "greedy text is the same" in card(tmp_path, REPORT | {"verification": VERIFICATION})
 
 
 def test_a_mixed_model_is_exact_at_no_length(tmp_path: Path) -> None:

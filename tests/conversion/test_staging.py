@@ -24,7 +24,7 @@ def make_model(directory: Path, content: str) -> None:
 
 def test_the_directory_appears_when_the_block_ends(tmp_path: Path) -> None:
     destination = tmp_path / "new" / "deep" / "model"
-    with staged_directory(destination, 1) as directory:
+    with staged_directory(destination, 1, overwrite=False) as directory:
         (directory / "a").write_text("x")
         assert not destination.exists()
         assert directory.parent == destination.parent
@@ -34,7 +34,7 @@ def test_the_directory_appears_when_the_block_ends(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_a_failure_leaves_nothing(tmp_path: Path, failure: type[BaseException]) -> None:
-    with pytest.raises(failure), staged_directory(tmp_path / "new" / "model", 1) as directory:
+    with pytest.raises(failure), staged_directory(tmp_path / "new" / "model", 1, overwrite=False) as directory:
         (directory / "a").write_text("x")
         raise failure
     assert left_behind(tmp_path) == set()
@@ -43,11 +43,11 @@ def test_a_failure_leaves_nothing(tmp_path: Path, failure: type[BaseException]) 
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_an_old_model_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool) -> None:
     if not can_exchange:
-        monkeypatch.setattr(staging, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(staging, "_rename", lambda first, second, flag: False)
     destination = tmp_path / "model"
     make_model(destination, "old")
     check_destination(destination, 1, overwrite=True)
-    with staged_directory(destination, 1) as directory:
+    with staged_directory(destination, 1, overwrite=True) as directory:
         (directory / "weights").write_text("new")
         assert (destination / "weights").read_text() == "old"
     assert (destination / "weights").read_text() == "new"
@@ -57,10 +57,53 @@ def test_an_old_model_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_failure_keeps_the_old_model(tmp_path: Path) -> None:
     destination = tmp_path / "model"
     make_model(destination, "old")
-    with pytest.raises(RuntimeError), staged_directory(destination, 1):
+    with pytest.raises(RuntimeError), staged_directory(destination, 1, overwrite=True):
         raise RuntimeError
     assert (destination / "weights").read_text() == "old"
     assert left_behind(tmp_path) == {"model"}
+
+
+@pytest.mark.parametrize(
+    ("content", "overwrite"),
+    [("letters", True), ("letters", False), ("conversion_report.json", False), (None, False)],
+)
+def test_what_appears_meanwhile_stays(tmp_path: Path, content: str | None, overwrite: bool) -> None:
+    destination = tmp_path / "model"
+    with (
+        pytest.raises(UserError, match=f"{destination} appeared meanwhile"),
+        staged_directory(destination, 1, overwrite=overwrite),
+    ):
+        destination.mkdir()
+        if content is not None:
+            (destination / content).write_text("mine")
+    assert left_behind(tmp_path) == {"model"}
+    assert left_behind(destination) == ({content} if content else set())
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_link_that_appears_meanwhile_stays(tmp_path: Path, overwrite: bool) -> None:
+    with (
+        pytest.raises(UserError, match="appeared meanwhile"),
+        staged_directory(tmp_path / "model", 1, overwrite=overwrite),
+    ):
+        (tmp_path / "model").symlink_to(tmp_path / "nowhere")
+    assert (tmp_path / "model").is_symlink() and left_behind(tmp_path) == {"model"}
+
+
+def test_what_appears_at_the_last_moment_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "lexists", lambda path: False)
+    destination = tmp_path / "model"
+    with pytest.raises(UserError, match="appeared meanwhile"), staged_directory(destination, 1, overwrite=False):
+        destination.mkdir()
+        inode = destination.stat().st_ino
+    assert destination.stat().st_ino == inode
+
+
+def test_without_the_systems_call_a_new_directory_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "_rename", lambda first, second, flag: False)
+    with staged_directory(tmp_path / "model", 1, overwrite=False) as directory:
+        (directory / "a").touch()
+    assert left_behind(tmp_path / "model") == {"a"}
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
@@ -68,13 +111,16 @@ def test_a_full_disk_names_the_bytes_and_the_place(tmp_path: Path, code: int) ->
     def fail() -> NoReturn:
         raise OSError(code, os.strerror(code))
 
-    with pytest.raises(UserError, match=rf"needs \d+ bytes in {tmp_path}"), staged_directory(tmp_path / "m", 5):
+    with (
+        pytest.raises(UserError, match=rf"needs \d+ bytes in {tmp_path}"),
+        staged_directory(tmp_path / "m", 5, overwrite=False),
+    ):
         fail()
     assert left_behind(tmp_path) == set()
 
 
 def test_other_operating_system_errors_stay_what_they_are(tmp_path: Path) -> None:
-    with pytest.raises(PermissionError), staged_directory(tmp_path / "m", 5):
+    with pytest.raises(PermissionError), staged_directory(tmp_path / "m", 5, overwrite=False):
         raise PermissionError(errno.EACCES, "no")
 
 

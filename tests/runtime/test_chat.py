@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,6 +136,63 @@ def test_input_that_is_no_text_is_a_user_error(
     assert "not UTF-8" in capsys.readouterr().err
 
 
+def with_template(model: Path, template: str, path: Path) -> Path:
+    """A copy of the model with another chat template."""
+    shutil.copytree(model, path)
+    (path / "chat_template.jinja").write_text(template)
+    return path
+
+
+def test_a_refused_message_ends_a_piped_conversation(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = with_template(chat_model, "{{ 1/0 }}", tmp_path / "broken")
+    assert chat(model, monkeypatch, "hi\nyo\n") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "unspool: error: messages: the model's chat template refuses them: division by zero\n"
+
+
+def test_flags_are_checked_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert chat(tmp_path / "no-model", monkeypatch, "hi\nyo\n", "--max-tokens", "-5") == 2
+    assert capsys.readouterr().err == "unspool: error: max_tokens: must be at least 1\n"
+
+
+def test_input_that_cannot_be_read_is_a_user_error(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (tmp_path / "unreadable").open("w") as file, open(file.fileno(), closefd=False) as unreadable:
+        monkeypatch.setattr(sys, "stdin", unreadable)
+        assert main(["chat", str(chat_model)]) == 2
+    assert "cannot read standard input: Bad file descriptor" in capsys.readouterr().err
+
+
+def chat_command(model: Path, installed: Path) -> tuple[list[str], dict[str, str]]:
+    """Arguments and environment of a process that chats, with answers that only an interrupt ends."""
+    path = os.pathsep.join([str(installed), str(ROOT / "runtime"), str(ROOT / "kernels")])
+    command = "import sys; from unspool.cli import main; sys.exit(main())"
+    arguments = [sys.executable, "-c", command, "chat", str(model), "--max-tokens", "1000000", "--temperature", "0"]
+    return arguments, {**os.environ, "PYTHONPATH": path, "TERM": "dumb"}
+
+
+def test_an_interrupt_ends_a_piped_conversation(chat_model: Path, installed: Path) -> None:
+    arguments, environment = chat_command(chat_model, installed)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(arguments, env=environment, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(b"Hello there\nAnd again\n")
+        process.stdin.flush()
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        try:
+            _, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert (process.returncode, errors) == (130, b"")
+
+
 class Terminal:
     """A process at a pseudo-terminal."""
 
@@ -168,11 +226,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal(chat_model: Path, installed: Path) -> Iterator[Terminal]:
-    path = os.pathsep.join([str(installed), str(ROOT / "runtime"), str(ROOT / "kernels")])
-    command = "import sys; from unspool.cli import main; sys.exit(main())"
-    arguments = [sys.executable, "-c", command, "chat", str(chat_model), "--max-tokens", "1000000"]
-    arguments += ["--temperature", "0"]
-    opened = Terminal(arguments, {**os.environ, "PYTHONPATH": path, "TERM": "dumb"})
+    opened = Terminal(*chat_command(chat_model, installed))
     yield opened
     opened.close()
 
@@ -192,3 +246,19 @@ def test_an_interrupt_stops_the_answer_and_not_the_program(terminal: Terminal) -
     terminal.read_until("> ")
     terminal.write("/exit\n")
     assert terminal.process.wait(timeout=60) == 0
+
+
+def test_a_refused_message_does_not_end_a_conversation_at_a_terminal(
+    chat_model: Path, installed: Path, tmp_path: Path
+) -> None:
+    terminal = Terminal(*chat_command(with_template(chat_model, "{{ 1/0 }}", tmp_path / "broken"), installed))
+    try:
+        terminal.read_until("> ")
+        for _ in range(2):
+            terminal.write("Hello there\n")
+            terminal.read_until("messages: the model's chat template refuses them: division by zero")
+            terminal.read_until("> ")
+        terminal.write("/exit\n")
+        assert terminal.process.wait(timeout=60) == 0
+    finally:
+        terminal.close()

@@ -20,15 +20,19 @@ ERRORS = {
     "request": InvalidRequest("top_p", "too high"),
     "dead": EngineDead("gone"),
     "interrupt": KeyboardInterrupt(),
+    "lookup": FileNotFoundError(2, "No such file", "x"),
 }
 
 def add_spin(parser):
     parser.add_argument("--fail")
     parser.add_argument("--lines", type=int, default=1)
     parser.add_argument("--code", type=int, default=0)
+    parser.add_argument("--read", action="store_true")
     return run
 
 def run(args):
+    if args.read:
+        sys.stdout.write(f"read {sys.stdin.read()!r}\\n")
     if args.fail:
         raise ERRORS[args.fail]
     for _ in range(args.lines):
@@ -136,6 +140,40 @@ def test_a_terminal_that_lacks_a_character_shows_its_escape(entry: Path) -> None
     done = run_process(entry, "spin", PYTHONIOENCODING="ascii")
     assert done.returncode == 0
     assert done.stdout == b"spun \\U0001f9f5\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", ["spin", "spin --lines 200000"])
+def test_output_that_finds_no_room_is_one_line_and_a_failure(entry: Path, arguments: str, unbuffered: str) -> None:
+    done = run_process(entry, f"{arguments} > /dev/full", PYTHONUNBUFFERED=unbuffered)
+    assert done.stderr.decode() == "unspool: error: cannot write the output: No space left on device\n"
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("redirection", ["2> /dev/full", "2>&-", "<&- >&- 2>&-"])
+def test_the_code_tells_a_failure_that_cannot_be_written(entry: Path, redirection: str, unbuffered: str) -> None:
+    done = run_process(entry, f"spin --fail user {redirection}", PYTHONUNBUFFERED=unbuffered)
+    assert (done.returncode, done.stdout, done.stderr) == (2, b"", b"")
+
+
+def test_help_that_finds_no_room_is_a_failure(entry: Path) -> None:
+    done = run_process(entry, "--help > /dev/full", PYTHONUNBUFFERED="")
+    assert done.stderr.decode() == "unspool: error: cannot write the output: No space left on device\n"
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("redirection", "output"), [("<&-", b"read ''\nspun \xf0\x9f\xa7\xb5\n"), (">&-", b""), ("<&- >&- 2>&-", b"")]
+)
+def test_a_closed_standard_stream_is_an_empty_one(entry: Path, redirection: str, output: bytes) -> None:
+    done = run_process(entry, f"spin --read {redirection}")
+    assert (done.returncode, done.stdout, done.stderr) == (0, output, b"")
+
+
+def test_an_error_of_another_kind_is_not_taken_for_one_of_writing(installed: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        main(["spin", "--fail", "lookup"])
 
 
 def test_every_shipped_verb_has_a_summary() -> None:

@@ -32,7 +32,7 @@ def model() -> UnspoolForCausalLM:
     config = UnspoolConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
-        intermediate_size=48,
+        intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -239,3 +239,49 @@ def test_an_id_in_flight_is_refused(engine: Engine) -> None:
         engine.submit(request("same", 5), Answer())
     engine.cancel("same")
     answer.finish()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probabilities_have_the_same_bits_alone_and_in_any_company(
+    model: UnspoolForCausalLM, dtype: torch.dtype
+) -> None:
+    same = UnspoolForCausalLM(model.config).eval()
+    same.load_state_dict(model.state_dict())
+    engine = Engine(same.to(dtype), EngineOptions(max_slots=5, prefill_chunk=16))
+    engine.start()
+    requests = [request(f"r{n}", length, logprobs=2) for n, length in enumerate([33, 1, 7, 20, 12])]
+
+    def scores(answer: Answer) -> list[object]:
+        return [event.logprobs for event in answer.events if isinstance(event, TokenEvent)]
+
+    alone = [scores(run(engine, one)[0]) for one in requests]
+    for company in (requests, requests[1:4], requests[::2]):
+        together = [scores(answer) for answer in run(engine, *company)]
+        assert together == [alone[requests.index(one)] for one in company]
+    engine.shutdown()
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one(engine: Engine) -> None:
+    order: list[str] = []
+    done = queue.SimpleQueue[None]()
+
+    def sink(event: EngineEvent) -> None:
+        if isinstance(event, FinishEvent):
+            order.append(event.request_id)
+            done.put(None)
+
+    engine.submit(request("long", 3000, max_tokens=1), sink)
+    engine.submit(request("short", 5, max_tokens=1), sink)
+    for _ in range(2):
+        done.get(timeout=60)
+    assert order == ["short", "long"]
+
+
+def test_a_receiver_that_fails_loses_only_its_own_request(engine: Engine) -> None:
+    def broken(_: EngineEvent) -> None:
+        raise RuntimeError("no")
+
+    engine.submit(request("broken", 5, max_tokens=1_000_000), broken)
+    (answer,) = run(engine, request("good", 5))
+    assert len(answer.tokens) == 12
+    assert engine.alive

@@ -141,10 +141,12 @@ def test_stats_go_to_standard_error(chat_model: Path, capsys: pytest.CaptureFixt
         (["--prompt", ""], "prompt"),
         (["--prompt-file", "/nowhere/at/all"], "/nowhere/at/all: No such file"),
         (["--prompt", "x", "--top-p", "0"], "top_p: must be above 0"),
-        (["--prompt", "x", "--max-tokens", "-1"], "max_tokens"),
+        (["--prompt", "x", "--max-tokens", "0"], "max_tokens: must be at least 1"),
         (["--prompt", "x", "--stop", ""], "stop"),
         (["--prompt", "x", "--threads", "0"], "threads: must be at least 1"),
         (["--prompt", "x", "--device", "nonsense"], "--device cpu"),
+        (["--prompt", "x", "--repetition-penalty", "1e-320"], "repetition_penalty: must be at least 0.01"),
+        (["--prompt", "x", "--top-k", "-2"], "top_k"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(
@@ -169,6 +171,11 @@ def test_a_file_that_is_no_prompt_is_refused_before_the_model_is_loaded(
     assert message in capsys.readouterr().err
 
 
+def test_flags_are_checked_before_the_model_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(tmp_path / "no-model", "--prompt", "x", "--max-tokens", "-5") == 2
+    assert "max_tokens" in capsys.readouterr().err
+
+
 def test_the_engines_failure_is_reported(chat_model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(chat_model)
     with torch.no_grad():
@@ -176,7 +183,7 @@ def test_the_engines_failure_is_reported(chat_model: Path, capsys: pytest.Captur
     model.save_pretrained(tmp_path / "broken")
     AutoTokenizer.from_pretrained(chat_model).save_pretrained(tmp_path / "broken")
     assert generate(tmp_path / "broken", "--prompt", PROMPT) == 1
-    assert "unspool: error: the engine failed" in capsys.readouterr().err
+    assert "unspool: error: the model's largest logit is nan" in capsys.readouterr().err
 
 
 def test_an_interrupt_ends_the_process_at_once(chat_model: Path, installed: Path) -> None:

@@ -1,5 +1,6 @@
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from unspool.requests import SamplingParams
+from unspool.requests import InvalidRequest, SamplingParams
 from unspool.sampling import Sampler, keep_likely, token_logprobs
 
 VOCAB = 200
@@ -227,3 +228,28 @@ def test_a_choice_agrees_with_the_best_logprob_when_greedy() -> None:
     for seed in range(20):
         logits = random_logits(seed).bfloat16()
         assert draw(SamplingParams(temperature=0), logits, 1) == [token_logprobs(logits, 0, 1).top[0][0]]
+
+
+def test_top_k_of_minus_one_keeps_all_tokens() -> None:
+    logits = random_logits(0)
+    everything = kept_distribution(SamplingParams(top_k=0), logits)
+    assert torch.equal(kept_distribution(SamplingParams(top_k=-1), logits), everything)
+    assert draw(SamplingParams(top_k=-1, seed=3), logits, 20) == draw(SamplingParams(seed=3), logits, 20)
+
+
+@pytest.mark.parametrize("top_k", [-2, 1.5])
+def test_a_top_k_that_is_no_count_is_refused(top_k: Any) -> None:
+    with pytest.raises(InvalidRequest, match="top_k: must be 0 or -1"):
+        SamplingParams(top_k=top_k)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1e-320, 0.009, 100.1, math.nan])
+def test_a_repetition_penalty_that_could_overflow_is_refused(penalty: float) -> None:
+    with pytest.raises(InvalidRequest, match="repetition_penalty: must be at least 0.01 and at most 100"):
+        SamplingParams(repetition_penalty=penalty)
+
+
+def test_the_smallest_repetition_penalty_keeps_logits_finite() -> None:
+    logits = random_logits(0) * 1e30
+    sampler = Sampler(SamplingParams(repetition_penalty=0.01, temperature=0), range(VOCAB), VOCAB)
+    assert sampler.sample(logits) == int(logits.argmax())

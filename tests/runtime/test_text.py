@@ -215,6 +215,19 @@ def test_messages_that_the_template_refuses_are_invalid(
     assert caught.value.field == "messages"
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [("{{ 1/0 }}", "division by zero"), ("{{ [][3].x }}", "no element"), ("{% if %}", "Expected")],
+)
+def test_whatever_a_template_raises_makes_the_messages_invalid(
+    byte_level_tokenizer: PreTrainedTokenizerFast, template: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(byte_level_tokenizer, "chat_template", template)
+    with pytest.raises(InvalidRequest, match=reason) as caught:
+        render_chat(byte_level_tokenizer, [{"role": "user", "content": "x"}])
+    assert caught.value.field == "messages"
+
+
 def test_a_model_without_a_template_cannot_chat(metaspace_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match="no chat template"):
         render_chat(metaspace_tokenizer, [{"role": "user", "content": "x"}])

@@ -46,6 +46,8 @@ try:
 except UserError as error:
     sys.stderr.write(f"error: {error}")
     sys.exit(2)
+except KeyboardInterrupt:
+    sys.exit(130)
 """
 
 

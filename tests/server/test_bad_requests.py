@@ -1,13 +1,20 @@
 """What the server refuses, and how it says so: OpenAI's error body, the field's name, never the value."""
 
+from __future__ import annotations
+
 import json
+import socket
+import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+if TYPE_CHECKING:
+    from conftest import ServerProcess
 
 SECRET = "a-value-that-must-not-come-back"
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -17,6 +24,8 @@ BAD_COMPLETIONS: list[tuple[str, Any]] = [
     ("prompt", []),
     ("prompt", [SECRET, 1]),
     ("prompt", [[]]),
+    ("prompt", ["a", [1]]),
+    ("prompt", [[1], "a"]),
     ("prompt", [-1]),
     ("prompt", [320]),
     ("prompt", [1.5]),
@@ -42,7 +51,7 @@ BAD_COMPLETIONS: list[tuple[str, Any]] = [
     ("temperature", 1e400),
     ("top_p", 0),
     ("top_p", 1.1),
-    ("top_k", -1),
+    ("top_k", -2),
     ("min_p", 2),
     ("repetition_penalty", 0),
     ("presence_penalty", 3),
@@ -52,10 +61,15 @@ BAD_COMPLETIONS: list[tuple[str, Any]] = [
     ("logit_bias", {"1": 101}),
     ("logit_bias", {"100000": 1}),
     ("logit_bias", {"1": None}),
+    ("logit_bias", {"1": 10**400}),
+    ("logit_bias", {"1": -(10**400)}),
+    ("temperature", 10**400),
+    ("seed", 10**400),
     ("stop_token_ids", [0] * 129),
     ("min_tokens", 3),
     ("stream", "yes"),
     ("stream_options.unknown", {"unknown": 1}),
+    ("stream_options", {"include_usage": True}),
     ("guided_json", {}),
 ]
 
@@ -172,7 +186,29 @@ def test_body_over_the_limit_is_refused_with_or_without_a_length(http: httpx.Cli
 def test_unknown_addresses_and_methods_have_the_same_error_body(http: httpx.Client) -> None:
     assert_refused(http.get("/v1/nothing"), None, 404)
     assert_refused(http.get("/docs"), None, 404)
-    assert_refused(http.put("/v1/completions"), None, 405)
+    wrong_method = http.put("/v1/completions")
+    assert_refused(wrong_method, None, 405)
+    assert wrong_method.headers["allow"] == "POST"
+
+
+def test_messages_show_json_as_it_is_sent(http: httpx.Client) -> None:
+    def message(**fields: Any) -> str:
+        reply = http.post("/v1/chat/completions", json={"model": "tiny", "messages": MESSAGES, **fields})
+        return str(reply.json()["error"]["message"])
+
+    parts = [{"role": "user", "content": [{"type": "image_url"}]}]
+    assert message(messages=parts).endswith('are implemented: {"type": "text", "text": string}')
+    assert message(response_format=1).endswith('send null or {"type": "text"}')
+    assert message(store=True).endswith("send null or false")
+
+
+def test_client_that_leaves_while_sending_is_no_failure(server: ServerProcess, http: httpx.Client) -> None:
+    with socket.create_connection((http.base_url.host, http.base_url.port)) as connection:
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+    assert http.get("/v1/models").status_code == 200
+    time.sleep(0.5)  # for a line in the log that must not come
+    assert "a request failed" not in "".join(server.log)
 
 
 def test_another_model_is_not_found(http: httpx.Client) -> None:

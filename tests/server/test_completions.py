@@ -92,6 +92,26 @@ def test_streamed_echo_begins_with_the_prompt_and_its_scores(client: OpenAI) -> 
     assert streamed == whole.choices[0].logprobs.token_logprobs
 
 
+def test_echo_of_half_a_character_is_completed_by_the_answer(
+    client: OpenAI, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    letters = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("\u65e5")[0][0]
+    *beginning, rest = tokenizer.convert_tokens_to_ids(list(letters))
+    for logprobs in (None, 0):
+        reply = client.completions.create(
+            prompt=beginning, echo=True, logprobs=logprobs, max_tokens=1, logit_bias={str(rest): 100}, **GREEDY
+        )
+        assert reply.choices[0].text == "\u65e5"
+    assert reply.choices[0].logprobs.text_offset == [0, 0, 0]
+    unanswered = client.completions.create(prompt=beginning, echo=True, max_tokens=0, **GREEDY)
+    assert unanswered.choices[0].text == "\ufffd"
+
+
+def test_echo_of_a_replacement_character_shows_it_once(client: OpenAI) -> None:
+    reply = client.completions.create(prompt="fox\ufffd", echo=True, max_tokens=0, **GREEDY)
+    assert reply.choices[0].text == "fox\ufffd"
+
+
 def test_text_ends_before_a_stop_string(client: OpenAI) -> None:
     text = client.completions.create(prompt=PROMPT, max_tokens=40, **GREEDY).choices[0].text
     stop = text[len(text) // 2 : len(text) // 2 + 3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import pytest
 from openai import OpenAI
 from transformers import PreTrainedTokenizerFast
 
+from unspool.requests import SamplingParams
 from unspool_server.service import Backend, ServedModel
 from unspool_server.settings import ServerSettings
 
@@ -38,7 +40,8 @@ def test_server_is_live_but_not_ready_while_the_model_loads(
         assert_unavailable(httpx.get(f"{app.url}{path}"), "loading")
     assert_unavailable(ask(app), "loading")
     app.service.open(Backend(ServedModel("tiny", tokenizer, frozenset()), engine, max_slots=1, max_queue=3))
-    assert httpx.get(f"{app.url}/health/ready").status_code == 200
+    for path in ("/health", "/health/live", "/health/ready"):
+        assert httpx.get(f"{app.url}{path}").status_code == httpx.head(f"{app.url}{path}").status_code == 200
     assert ask(app).json()["choices"][0]["text"] == "the quick brown fox"
 
 
@@ -60,6 +63,7 @@ def test_dead_engine_is_neither_live_nor_ready(scripted: RunningApp, engine: Scr
     engine.alive = False
     for path in ("/health", "/health/live", "/health/ready", "/v1/models"):
         assert_unavailable(httpx.get(f"{scripted.url}{path}"), "engine_dead")
+    assert httpx.head(f"{scripted.url}/health").status_code == 503
     assert_unavailable(ask(scripted), "engine_dead")
 
 
@@ -130,3 +134,54 @@ def test_limits_are_checked_before_the_engine_hears_of_it(
     reply = ask(app, **fields)
     assert reply.status_code == 400 and reply.json()["error"]["param"] == param
     assert not engine.submitted
+
+
+@pytest.mark.parametrize(
+    ("route", "fields"),
+    [
+        ("completions", {"prompt": "x" * 10_000}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x" * 10_000}]}),
+    ],
+)
+def test_text_that_no_tokens_could_hold_is_refused_unread(
+    run_app: Callable[[ServerSettings], RunningApp],
+    engine: ScriptedEngine,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    route: str,
+    fields: dict[str, object],
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("the text was read")
+
+    monkeypatch.setattr("unspool_server.completions.encode_prompt", fail)
+    monkeypatch.setattr("unspool_server.chat.render_chat", fail)
+    app = run_app(ServerSettings(max_prompt_tokens=100))
+    app.service.open(Backend(ServedModel("tiny", tokenizer, frozenset()), engine, max_slots=1, max_queue=3))
+    reply = httpx.post(f"{app.url}/v1/{route}", json={"model": "tiny", **fields})
+    assert reply.status_code == 400 and reply.json()["error"]["message"].endswith("at most 100 tokens")
+
+
+def test_models_sampling_settings_fill_what_a_request_leaves_out(
+    run_app: Callable[[ServerSettings], RunningApp], engine: ScriptedEngine, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    app = run_app(ServerSettings())
+    model = ServedModel("tiny", tokenizer, frozenset(), {"temperature": 0.5, "top_k": 7})
+    app.service.open(Backend(model, engine, max_slots=1, max_queue=3))
+    messages = [{"role": "user", "content": "hello"}]
+    chat = {"model": "tiny", "messages": messages, "temperature": 0, "top_k": None}
+    assert ask(app, top_p=0.9).status_code == 200
+    assert httpx.post(f"{app.url}/v1/chat/completions", json=chat).status_code == 200
+    assert [request.sampling for request in engine.submitted] == [
+        SamplingParams(temperature=0.5, top_k=7, top_p=0.9),
+        SamplingParams(temperature=0, top_k=7),
+    ]
+
+
+def test_body_that_does_not_arrive_is_given_up(run_app: Callable[[ServerSettings], RunningApp]) -> None:
+    url = httpx.URL(run_app(ServerSettings(body_timeout=1)).url)
+    with socket.create_connection((url.host, url.port), timeout=10) as connection:
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        reply = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert reply.startswith(b"HTTP/1.1 408 ") and b'"code":"body_timeout"' in reply

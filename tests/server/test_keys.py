@@ -74,8 +74,10 @@ def test_without_a_key_only_requests_to_this_machine_are_answered(
     run_app: Callable[[ServerSettings], RunningApp],
 ) -> None:
     app = run_app(ServerSettings())
-    for host, status in {"localhost": 200, "127.0.0.1:80": 200, "[::1]": 200, "evil.example": 401}.items():
-        assert httpx.get(f"{app.url}/openapi.json", headers={"Host": host}).status_code == status
+    for host, status in {"localhost": 200, "127.0.0.1:80": 200, "[::1]": 200, "evil.example": 403}.items():
+        reply = httpx.get(f"{app.url}/openapi.json", headers={"Host": host})
+        assert reply.status_code == status
+    assert reply.json()["error"]["code"] == "host_not_allowed" and "www-authenticate" not in reply.headers
     assert httpx.get(f"{app.url}/health/live", headers={"Host": "evil.example"}).status_code == 200
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +28,17 @@ SHORT = {"model": "tiny", "prompt": "hello", "max_tokens": 4}
 @pytest.fixture(scope="module")
 def one_slot(launch: Launch, checkpoint: Path) -> Iterator[ServerProcess]:
     """A server on which a generation that goes on would keep all others waiting."""
-    with launch(str(checkpoint), "--max-slots", "1", "--max-queue", "3", "--max-output-tokens", "1000000") as server:
+    with launch(
+        str(checkpoint),
+        "--max-slots",
+        "1",
+        "--max-queue",
+        "3",
+        "--max-output-tokens",
+        "1000000",
+        "--max-connections",
+        "16",
+    ) as server:
         server.wait_until_ready()
         yield server
 
@@ -77,6 +90,15 @@ def test_request_beyond_the_queue_is_told_to_come_back(one_slot: ServerProcess) 
     assert seconds_of_a_short_request(one_slot) < 5
 
 
+def test_connection_beyond_the_limit_is_refused(one_slot: ServerProcess) -> None:
+    url = httpx.URL(one_slot.url)
+    with contextlib.ExitStack() as idle:
+        for _ in range(16):
+            idle.enter_context(socket.create_connection((url.host, url.port)))
+        assert httpx.get(f"{one_slot.url}/health").status_code == 503
+    one_slot.wait_for(lambda: httpx.get(f"{one_slot.url}/health").status_code == 200, seconds=10)
+
+
 def test_sigterm_lets_answers_finish_and_exits_with_zero(launch: Launch, checkpoint: Path) -> None:
     with launch(str(checkpoint)) as server:
         server.wait_until_ready()
@@ -104,6 +126,46 @@ def test_sigterm_ends_an_answer_without_end_by_an_error(launch: Launch, checkpoi
     assert "Traceback" not in "".join(server.log)
 
 
+def test_second_interrupt_ends_answers_by_an_error_and_waits_for_nobody(launch: Launch, checkpoint: Path) -> None:
+    with launch(str(checkpoint), "--max-output-tokens", "1000000") as server:
+        server.wait_until_ready()
+        url = httpx.URL(server.url)
+        with (
+            socket.create_connection((url.host, url.port)) as silent,
+            httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}) as reply,
+        ):
+            silent.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Type: application/json\r\nContent-Length: 9\r\n\r\n"
+            )
+            content = reply.iter_bytes()
+            text = next(content)
+            server.process.send_signal(signal.SIGINT)
+            text += next(content)
+            time.sleep(0.5)
+            server.process.send_signal(signal.SIGINT)
+            text += b"".join(content)
+            assert b"shutting down" in text.strip().split(b"\n")[-1]
+            assert server.process.wait(15) == 130
+    assert "Traceback" not in "".join(server.log)
+
+
+def test_models_sampling_settings_are_the_servers(launch: Launch, checkpoint: Path, tmp_path: Path) -> None:
+    model = copy_with_sampling(checkpoint, tmp_path / "tiny", temperature=0.01, top_k=1)
+    with launch(str(model)) as server:
+        server.wait_until_ready()
+        with server.client() as client:
+            texts = {client.completions.create(model="tiny", prompt="hello", max_tokens=32).choices[0].text}
+            greedy = client.completions.create(model="tiny", prompt="hello", max_tokens=32, temperature=0)
+    assert texts == {greedy.choices[0].text}
+
+
+def copy_with_sampling(checkpoint: Path, path: Path, **values: float) -> Path:
+    shutil.copytree(checkpoint, path)
+    (path / "generation_config.json").write_text(json.dumps({"do_sample": True, **values}))
+    return path
+
+
 def test_sigterm_before_the_model_is_loaded_exits_with_zero(launch: Launch, checkpoint: Path) -> None:
     with launch(str(checkpoint)) as server:
         server.wait_until_listening()
@@ -127,6 +189,9 @@ def test_key_of_the_environment_guards_the_process(launch: Launch, checkpoint: P
         (["{checkpoint}", "--host", "0.0.0.0"], "without a key"),
         (["{checkpoint}", "--max-output-tokens", "0"], "max_output_tokens"),
         (["{checkpoint}", "--host", "256.0.0.1", "--api-key", "k"], "cannot listen"),
+        (["{checkpoint}", "--host", "a..b", "--api-key", "k"], "cannot listen"),
+        (["{checkpoint}", "--max-slots", "1" + "0" * 15], "--max-slots"),
+        (["{checkpoint}", "--device", "nonsense"], "device"),
         (["{nowhere}"], "not a directory"),
     ],
 )

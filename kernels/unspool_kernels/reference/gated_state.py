@@ -17,7 +17,8 @@ def step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> t
 
     Returns o [B, H, G, V] and the new state. The old one is not written to.
     """
-    state = state * log_decay.exp()[:, :, None, :] + v[..., :, None] * k[..., None, :]
+    decay = log_decay.double().exp().to(state.dtype)  # rounds alike at any place in a batch; see `merge`
+    state = state * decay[:, :, None, :] + v[..., :, None] * k[..., None, :]
     return q @ state.transpose(-1, -2), state
 
 

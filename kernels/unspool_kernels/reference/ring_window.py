@@ -48,9 +48,9 @@ def read_history(keys: Tensor, values: Tensor, start: Tensor, window: int, sinks
 
 
 def empty_history(keys: Tensor, window: int, sinks: int) -> History:
-    """The near set before the first token, for keys [B, T, H, D]."""
-    batch, _, heads, channels = keys.shape
-    ring = keys.new_zeros(batch, heads, window, channels)
+    """The near set before the first of the tokens [B, T, H, D], with no more ring rows than these can use."""
+    batch, tokens, heads, channels = keys.shape
+    ring = keys.new_zeros(batch, heads, min(window, tokens), channels)
     sink = keys.new_zeros(batch, heads, sinks, channels)
     return History(ring, ring, sink, sink)
 
@@ -77,10 +77,12 @@ def step(q: Tensor, sink_q: Tensor, keys: Tensor, values: Tensor, position: Tens
     valid = torch.arange(keys.shape[2], device=keys.device) <= position[:, None]
     scores = _at_least_float32(scores * scale).masked_fill(~valid[:, None, None], -torch.inf)
     row_max = scores.amax(-1)
-    weights = (scores - row_max[..., None]).exp()
-    mass = weights.sum(-1)
-    output = (weights.to(values.dtype) @ values).to(mass.dtype) / mass[..., None]
-    return NearOutput(output[:, None], (row_max + mass.log())[:, None], row_max[:, None])
+    weights = scores.softmax(-1)
+    # From the largest weight, in float64: see `linear` for why a batch must not change the order of any sum or the
+    # path of any function; softmax works row by row, and so does what follows.
+    log_mass = row_max - weights.amax(-1).double().log().to(row_max.dtype)
+    output = (weights.to(values.dtype) @ values).to(row_max.dtype)
+    return NearOutput(output[:, None], log_mass[:, None], row_max[:, None])
 
 
 def chunk(q: Tensor, sink_q: Tensor, keys: Tensor, values: Tensor, history: History, start: Tensor) -> NearOutput:
