@@ -190,7 +190,7 @@ def test_key_of_the_environment_guards_the_process(launch: Launch, checkpoint: P
         (["{checkpoint}", "--max-output-tokens", "0"], "max_output_tokens"),
         (["{checkpoint}", "--host", "256.0.0.1", "--api-key", "k"], "cannot listen"),
         (["{checkpoint}", "--host", "a..b", "--api-key", "k"], "cannot listen"),
-        (["{checkpoint}", "--max-slots", "1" + "0" * 15], "--max-slots"),
+        (["{checkpoint}", "--max-slots", "1" + "0" * 15], "max_slots"),
         (["{checkpoint}", "--device", "nonsense"], "device"),
         (["{nowhere}"], "not a directory"),
     ],
