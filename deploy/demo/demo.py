@@ -61,7 +61,7 @@ def server(model: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    arguments = ["serve", str(model), "--port", str(port)]
+    arguments = ["serve", str(model), "--port", str(port), "--log-level", "warning"]
     say(f"\n$ unspool {shlex.join(arguments)}")
     process = subprocess.Popen([str(UNSPOOL), *arguments], stderr=subprocess.DEVNULL)
     try:

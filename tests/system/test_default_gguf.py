@@ -2,12 +2,9 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from unspool.errors import UserError
-from unspool_conversion.default_model import fetch_gguf
 from unspool_conversion.mapped_tensors import MappedTensors
 from unspool_conversion.options import ConvertOptions
 from unspool_conversion.plan import plan_conversion
@@ -34,19 +31,10 @@ SAME_FIELDS = (
 )
 
 
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    """SmolLM2-135M-Instruct as GGUF, Q4_1 and Q8_0."""
-    try:
-        return fetch_gguf()
-    except UserError as error:
-        pytest.skip(str(error))
-
-
-def test_weights_and_configuration_equal_what_transformers_loads(smollm2: Path) -> None:
-    teacher = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
-    source = open_source(str(smollm2))
-    plan = plan_conversion(source, ConvertOptions(source=str(smollm2), destination=Path("unused")))
+def test_weights_and_configuration_equal_what_transformers_loads(smollm2_gguf: Path) -> None:
+    teacher = AutoModelForCausalLM.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
+    source = open_source(str(smollm2_gguf))
+    plan = plan_conversion(source, ConvertOptions(source=str(smollm2_gguf), destination=Path("unused")))
     assert {name: getattr(plan.config, name) for name in SAME_FIELDS} == {
         name: getattr(teacher.config, name) for name in SAME_FIELDS
     }
@@ -58,9 +46,9 @@ def test_weights_and_configuration_equal_what_transformers_loads(smollm2: Path) 
         assert torch.equal(ours, parameter), name
 
 
-def test_tokenizer_equals_the_one_transformers_reads_from_the_file(smollm2: Path, tmp_path: Path) -> None:
-    open_source(str(smollm2)).write_side_files(tmp_path)
-    theirs = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+def test_tokenizer_equals_the_one_transformers_reads_from_the_file(smollm2_gguf: Path, tmp_path: Path) -> None:
+    open_source(str(smollm2_gguf)).write_side_files(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
     ours = AutoTokenizer.from_pretrained(tmp_path)
     assert ours.get_vocab() == theirs.get_vocab()
     assert ours.special_tokens_map == theirs.special_tokens_map
