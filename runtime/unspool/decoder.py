@@ -76,4 +76,5 @@ class Decoder(nn.Module):
             if keep_inputs:
                 inputs.append(x)
             x = layer(x, context, pool.layers[index] if pool is not None else None)
-        return DecoderOutput(self.norm(x), (*inputs, self.norm(x)) if keep_inputs else None)
+        hidden = self.norm(x)
+        return DecoderOutput(hidden, (*inputs, hidden) if keep_inputs else None)

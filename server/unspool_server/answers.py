@@ -1,8 +1,11 @@
 """From events to a reply, whole or streamed: what both generation routes do alike. Each brings its own format."""
 
 import asyncio
+import time
+import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from fastapi import Request, Response
 from starlette.types import Receive
@@ -13,29 +16,49 @@ from unspool_server.errors import CLIENT_CLOSED_REQUEST, ApiError, as_api_error
 from unspool_server.generations import Generations, Run
 from unspool_server.schemas import GenerationBody, StreamOptions
 from unspool_server.streams import DONE, EventStream, encode, frame
+from unspool_server.vocabulary import Vocabulary
 
 Result = TypeVar("Result")
 Body = dict[str, Any]
 
 
-class ReplyFormat(Protocol):
-    """How a route writes its replies."""
+class ReplyFormat(ABC):
+    """How a route writes its replies to one request."""
 
-    def opening(self, choice: Choice) -> Body | None:
-        """A chunk's choice before the first text, if the route sends one."""
-        ...
+    id_prefix: ClassVar[str]
 
-    def delta(self, choice: Choice, piece: Piece) -> Body:
-        """A chunk's choice."""
-        ...
-
-    def whole(self, choice: Choice, piece: Piece) -> Body:
-        """A whole reply's choice."""
-        ...
+    def __init__(self, model: str, vocabulary: Vocabulary, logprobs: bool) -> None:
+        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._model = model
+        self._vocabulary = vocabulary
+        self._logprobs = logprobs
 
     def envelope(self, choices: list[Body], *, streamed: bool) -> Body:
         """What goes around the choices, but for the usage."""
-        ...
+        return {
+            "id": self.id,
+            "object": self.object_name(streamed=streamed),
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+        }
+
+    @abstractmethod
+    def object_name(self, *, streamed: bool) -> str:
+        """OpenAI's name for a whole reply or for a chunk."""
+
+    @abstractmethod
+    def opening(self, choice: Choice) -> Body | None:
+        """A chunk's choice before the first text, if the route sends one."""
+
+    @abstractmethod
+    def delta(self, choice: Choice, piece: Piece) -> Body:
+        """A chunk's choice."""
+
+    @abstractmethod
+    def whole(self, choice: Choice, piece: Piece) -> Body:
+        """A whole reply's choice."""
 
 
 class Answer:

@@ -1,7 +1,5 @@
 """POST /v1/chat/completions: messages by the model's own template, OpenAI's chat format."""
 
-import time
-import uuid
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -9,14 +7,14 @@ from fastapi import APIRouter, Request, Response
 from unspool.errors import UserError
 from unspool.requests import GenerationRequest, InvalidRequest
 from unspool.text import TextStream, render_chat
-from unspool_server.answers import Answer, respond
+from unspool_server.answers import Answer, ReplyFormat, respond
 from unspool_server.bodies import describe_body, read_body
 from unspool_server.choices import Choice, Piece, ScoredToken
 from unspool_server.limits import check_output_tokens, check_text_length, check_tokens
 from unspool_server.schemas import ChatBody
 from unspool_server.service import Backend, service_of
 from unspool_server.settings import ServerSettings
-from unspool_server.vocabulary import TextOffsets, Vocabulary, finite
+from unspool_server.vocabulary import TextOffsets, finite
 
 router = APIRouter()
 
@@ -57,24 +55,13 @@ def prepare_chat(body: ChatBody, backend: Backend, settings: ServerSettings) -> 
     return Answer([Choice(0, request, stream, TextOffsets(backend.vocabulary))], reply)
 
 
-class ChatFormat:
+class ChatFormat(ReplyFormat):
     """OpenAI's chat.completion and chat.completion.chunk objects."""
 
-    def __init__(self, model: str, vocabulary: Vocabulary, logprobs: bool) -> None:
-        self.id = f"chatcmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-        self._model = model
-        self._vocabulary = vocabulary
-        self._logprobs = logprobs
+    id_prefix = "chatcmpl"
 
-    def envelope(self, choices: list[dict[str, Any]], *, streamed: bool) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": "chat.completion.chunk" if streamed else "chat.completion",
-            "created": self._created,
-            "model": self._model,
-            "choices": choices,
-        }
+    def object_name(self, *, streamed: bool) -> str:
+        return "chat.completion.chunk" if streamed else "chat.completion"
 
     def opening(self, choice: Choice) -> dict[str, Any] | None:
         return self._choice(choice, Piece()) | {"delta": {"role": "assistant", "content": ""}}

@@ -1,14 +1,12 @@
 """POST /v1/completions: prompts as text or tokens, OpenAI's legacy log-probabilities."""
 
-import time
-import uuid
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from unspool.requests import GenerationRequest, TokenLogprobs
 from unspool.text import TextStream, encode_prompt
-from unspool_server.answers import Answer, respond
+from unspool_server.answers import Answer, ReplyFormat, respond
 from unspool_server.bodies import describe_body, read_body
 from unspool_server.choices import Choice, Piece, ScoredToken
 from unspool_server.fields import Prompt
@@ -22,7 +20,7 @@ from unspool_server.limits import (
 from unspool_server.schemas import CompletionBody
 from unspool_server.service import Backend, service_of
 from unspool_server.settings import ServerSettings
-from unspool_server.vocabulary import TextOffsets, Vocabulary, finite
+from unspool_server.vocabulary import TextOffsets, finite
 
 router = APIRouter()
 
@@ -86,24 +84,13 @@ def _echo(prompt: Prompt, tokens: tuple[int, ...], backend: Backend) -> str:
     return text.removesuffix(TextStream(tokenizer, context=tokens).finish())
 
 
-class CompletionFormat:
+class CompletionFormat(ReplyFormat):
     """OpenAI's text_completion object."""
 
-    def __init__(self, model: str, vocabulary: Vocabulary, logprobs: bool) -> None:
-        self.id = f"cmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-        self._model = model
-        self._vocabulary = vocabulary
-        self._logprobs = logprobs
+    id_prefix = "cmpl"
 
-    def envelope(self, choices: list[dict[str, Any]], *, streamed: bool) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": "text_completion",
-            "created": self._created,
-            "model": self._model,
-            "choices": choices,
-        }
+    def object_name(self, *, streamed: bool) -> str:
+        return "text_completion"
 
     def opening(self, choice: Choice) -> dict[str, Any] | None:
         return None
