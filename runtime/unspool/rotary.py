@@ -36,6 +36,11 @@ class Rotary:
         self._frequencies = {torch.device("cpu"): frequencies.double()}
         self.position_limit = config.max_position_embeddings - 1
 
+    @property
+    def frequencies(self) -> Tensor:
+        """Radians per position [D/2], float64, on the CPU."""
+        return self._frequencies[torch.device("cpu")]
+
     def rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         """The rotation at positions [B, T], in the precision that transformers uses for that dtype."""
         angles = self._angles(positions)

@@ -1,0 +1,302 @@
+// A whole decoder pass in one call: embedding, layers, head. All threads go through the layers together; a stage is a
+// set of pieces, and a barrier follows it. Steps and chunks of any number of sequences are the same code.
+#pragma once
+
+#include <cmath>
+
+#include "mixer.h"
+#include "packing.h"
+
+namespace UNSPOOL_ISA {
+
+// Takes the workspace apart, 64 bytes aligned.
+struct Arena {
+  uint8_t* base;
+  int64_t used = 0;
+  template <typename T>
+  T* take(int64_t count) {
+    T* at = (T*)(base + used);
+    used += round_up(count * (int64_t)sizeof(T), 64);
+    return at;
+  }
+};
+
+// Few tokens are normalised by every thread for itself, which costs less than meeting at a barrier.
+constexpr int64_t TOKENS_FOR_EACH_THREAD = 2;
+
+struct Workspace {
+  float* hidden;       // [tokens, hidden]: the residual stream
+  Rows shared;         // activations that one stage makes and the next one reads
+  Rows inner;          // of the feed-forward layer
+  Rows own;            // [threads], for few tokens
+  float* scratch;      // [threads, 2 blocks of all tokens]
+  MixerMemory mixer;
+  float* inverse;      // [windows, 2, tokens, head_dim / 2]
+  int64_t* position;   // [tokens]
+  int32_t* sequence;
+  int64_t bytes;
+};
+
+inline Workspace workspace_at(const Model& m, uint8_t* memory, int64_t tokens, int threads) {
+  Arena arena{memory};
+  Workspace w;
+  const int64_t half = m.head_dim / 2, attention = m.heads * m.head_dim;
+  int64_t pieces = 1, features = 0, state_heads = m.kv_heads;
+  for (int64_t i = 0; i < m.num_layers; ++i) {
+    const MixerShape s = mixer_shape(m, m.layers[i]);
+    pieces = most(pieces, ring_pieces(s.rows));
+    features = most(features, s.features);
+    state_heads = most(state_heads, s.state_heads);
+  }
+  w.hidden = arena.take<float>(tokens * m.hidden);
+  const int64_t width = round_up(most(m.hidden, attention), GROUP), inner = round_up(m.intermediate, GROUP);
+  w.shared = rows_at(arena.take<uint8_t>(rows_bytes(tokens, width)), tokens, width);
+  w.inner = rows_at(arena.take<uint8_t>(rows_bytes(tokens, inner)), tokens, inner);
+  const int64_t few = TOKENS_FOR_EACH_THREAD * threads;
+  w.own = rows_at(arena.take<uint8_t>(rows_bytes(few, width)), few, width);
+  w.scratch = arena.take<float>(threads * tokens * 2 * BLOCK_ROWS);
+  MixerMemory& x = w.mixer;
+  x.qkv_stride = round_up(attention + 2 * m.kv_heads * m.head_dim, BLOCK_ROWS);
+  x.qkv = arena.take<float>(tokens * x.qkv_stride);
+  x.rotated_q = arena.take<float>(tokens * attention);
+  x.sink_q = arena.take<float>(tokens * attention);
+  x.rotated_k = arena.take<float>(tokens * m.kv_heads * m.head_dim);
+  x.query_features = arena.take<float>(tokens * m.heads * features);
+  x.written_k = arena.take<float>(tokens * state_heads * features);
+  x.written_v = arena.take<float>(tokens * m.kv_heads * m.head_dim);
+  x.decay = arena.take<float>(tokens * state_heads * features);
+  x.ring = arena.take<float>(tokens * m.heads * pieces * (m.head_dim + 2));
+  x.far = arena.take<float>(tokens * m.heads * (m.head_dim + 1));
+  float* angles = arena.take<float>(4 * tokens * half);
+  x.cosine = angles;
+  x.sine = angles + tokens * half;
+  x.sink_cosine = angles + 2 * tokens * half;
+  x.sink_sine = angles + 3 * tokens * half;
+  w.inverse = arena.take<float>(2 * m.num_windows * tokens * half);
+  w.position = arena.take<int64_t>(tokens);
+  w.sequence = arena.take<int32_t>(tokens);
+  w.bytes = arena.used;
+  return w;
+}
+
+// A view of rows as if they began at another token.
+UNSPOOL_INLINE Rows rows_from(const Rows& rows, int64_t token) {
+  const int64_t groups = rows.width / GROUP;
+  return {rows.values + token * rows.width, rows.bytes + token * rows.width, rows.scales + token * groups,
+          rows.sums + token * groups, rows.width};
+}
+
+class Decoder {
+ public:
+  Decoder(const DecodeArguments& a, Team& team, int thread)
+      : a_(a), m_(*a.model), team_(team), thread_(thread), tokens_(a.starts[a.sequences]),
+        w_(workspace_at(m_, a.workspace, tokens_, team.size())) {}
+
+  void run() {
+    locate_tokens();
+    for (int64_t i = 0; i < m_.num_layers; ++i) {
+      const Layer& l = m_.layers[i];
+      select_window(l);
+      mix(l);
+      feed_forward(l);
+    }
+    predict();
+  }
+
+ private:
+  // Embeds every token, and finds its sequence, position and rotations.
+  void locate_tokens() {
+    const int64_t half = m_.head_dim / 2;
+    team_.for_each(thread_, tokens_, [&](int64_t t) {
+      int64_t s = 0;
+      while (a_.starts[s + 1] <= t) ++s;
+      const int64_t position = a_.positions[s] + t - a_.starts[s];
+      w_.sequence[t] = (int32_t)s;
+      w_.position[t] = position;
+      for (int64_t i = 0; i < m_.hidden; ++i) w_.hidden[t * m_.hidden + i] = unpack_one(m_.embedding, a_.tokens[t], i);
+      const int64_t near_sinks = least(position, m_.position_limit);
+      const MixerMemory& x = w_.mixer;
+      fill_rotation(position, (float*)x.cosine + t * half, (float*)x.sine + t * half);
+      fill_rotation(near_sinks, (float*)x.sink_cosine + t * half, (float*)x.sink_sine + t * half);
+      for (int64_t i = 0; i < m_.num_windows; ++i)
+        fill_inverse(most(position - m_.windows[i], 0), inverse(i, 0) + t * half, inverse(i, 1) + t * half);
+    });
+  }
+
+  void fill_rotation(int64_t position, float* cosine, float* sine) {
+    for (int64_t i = 0; i < m_.head_dim / 2; ++i) {
+      const double angle = (double)position * m_.frequencies[i];
+      cosine[i] = (float)(std::cos(angle) * m_.rotary_scaling);
+      sine[i] = (float)(std::sin(angle) * m_.rotary_scaling);
+    }
+  }
+
+  void fill_inverse(int64_t position, float* cosine, float* sine) {
+    for (int64_t i = 0; i < m_.head_dim / 2; ++i) {
+      const double angle = (double)position * m_.frequencies[i];
+      cosine[i] = (float)(std::cos(angle) / m_.rotary_scaling);
+      sine[i] = (float)(-std::sin(angle) / m_.rotary_scaling);
+    }
+  }
+
+  float* inverse(int64_t window, int64_t part) {
+    return w_.inverse + (2 * window + part) * tokens_ * (m_.head_dim / 2);
+  }
+
+  void select_window(const Layer& l) {
+    w_.mixer.inverse_cosine = inverse(l.inverse_rotation, 0);
+    w_.mixer.inverse_sine = inverse(l.inverse_rotation, 1);
+  }
+
+  // Makes activations of every token for the products that follow: fill(token, row) writes `width` floats.
+  template <typename Fill>
+  Rows activate(int64_t count, const Matrix& reader, Fill fill) {
+    const bool quantize = is_quantized(reader.format);
+    if (count <= TOKENS_FOR_EACH_THREAD) {
+      const Rows own = rows_from(w_.own, thread_ * TOKENS_FOR_EACH_THREAD);
+      for (int64_t t = 0; t < count; ++t) {
+        fill(t, own.values + t * own.width);
+        if (quantize) quantize_row(own, t);
+      }
+      return own;
+    }
+    team_.for_each(thread_, count, [&](int64_t t) {
+      fill(t, w_.shared.values + t * w_.shared.width);
+      if (quantize) quantize_row(w_.shared, t);
+    });
+    return w_.shared;
+  }
+
+  // hidden += x W^T + bias.
+  void add_product(const Matrix& matrix, const float* bias, const Rows& x) {
+    float* product = w_.scratch + thread_ * tokens_ * 2 * BLOCK_ROWS;
+    team_.for_each(thread_, num_blocks(matrix), [&](int64_t block) {
+      block_product(matrix, block, x, 0, tokens_, product, BLOCK_ROWS);
+      for (int64_t t = 0; t < tokens_; ++t)
+        for (int64_t i = 0; i < BLOCK_ROWS; i += LANES) {
+          float* at = w_.hidden + t * m_.hidden + block * BLOCK_ROWS + i;
+          F32 y = load(product + t * BLOCK_ROWS + i);
+          if (bias) y = add(y, load(bias + block * BLOCK_ROWS + i));
+          store(at, add(load(at), y));
+        }
+    });
+  }
+
+  void mix(const Layer& l) {
+    const MixerShape s = mixer_shape(m_, l);
+    const MixerMemory& x = w_.mixer;
+    const Rows normed = activate(tokens_, l.qkv, [&](int64_t t, float* row) {
+      rms_norm(w_.hidden + t * m_.hidden, l.input_norm, m_.hidden, (float)m_.norm_eps, row);
+    });
+    team_.for_each(thread_, num_blocks(l.qkv), [&](int64_t block) {
+      float* y = x.qkv + block * BLOCK_ROWS;
+      block_product(l.qkv, block, normed, 0, tokens_, y, x.qkv_stride);
+      if (l.qkv_bias)
+        for (int64_t t = 0; t < tokens_; ++t)
+          for (int64_t i = 0; i < BLOCK_ROWS; i += LANES) {
+            float* at = y + t * x.qkv_stride + i;
+            store(at, add(load(at), load(l.qkv_bias + block * BLOCK_ROWS + i)));
+          }
+    });
+    const int64_t heads = m_.heads + m_.kv_heads;
+    team_.for_each(thread_, tokens_ * heads, [&](int64_t piece) {
+      const int64_t t = piece / heads, head = piece % heads, slot = a_.slots[w_.sequence[t]];
+      if (head < m_.heads) return prepare_query(m_, l, x, t, head, w_.position[t]);
+      if (m_.state_format == FLOAT16) return prepare_key<Half>(m_, l, x, t, head - m_.heads, w_.position[t], slot);
+      prepare_key<float>(m_, l, x, t, head - m_.heads, w_.position[t], slot);
+    });
+    sweep(l, s);
+    const Rows mixed = activate(tokens_, l.out, [&](int64_t t, float* row) {
+      for (int64_t head = 0; head < m_.heads; ++head)
+        merge_shards(m_, l, x, t, head, w_.position[t], row + head * m_.head_dim);
+    });
+    add_product(l.out, l.out_bias, mixed);
+  }
+
+  void sweep(const Layer& l, const MixerShape& s) {
+    const int64_t near = s.kv_heads * ring_pieces(s.rows);
+    const int64_t far = s.has_state ? s.state_heads * state_pieces(s.value_rows) : 0;
+    team_.for_each(thread_, a_.sequences * (near + far), [&](int64_t piece) {
+      const int64_t sequence = piece / (near + far), part = piece % (near + far);
+      const int64_t first = a_.starts[sequence], count = a_.starts[sequence + 1] - first;
+      const int64_t slot = a_.slots[sequence], position = a_.positions[sequence];
+      if (m_.state_format == FLOAT16) sweep_part<Half>(l, s, part, near, slot, first, count, position);
+      else sweep_part<float>(l, s, part, near, slot, first, count, position);
+    });
+  }
+
+  template <typename T>
+  void sweep_part(const Layer& l, const MixerShape& s, int64_t part, int64_t near, int64_t slot, int64_t first,
+                  int64_t count, int64_t position) {
+    const int64_t rings = ring_pieces(s.rows), states = state_pieces(s.value_rows);
+    if (part < near) return sweep_ring<T>(m_, l, w_.mixer, part / rings, part % rings, slot, first, count, position);
+    sweep_state<T>(m_, l, w_.mixer, (part - near) / states, (part - near) % states, slot, first, count, position);
+  }
+
+  void feed_forward(const Layer& l) {
+    const Rows normed = activate(tokens_, l.gate_up, [&](int64_t t, float* row) {
+      rms_norm(w_.hidden + t * m_.hidden, l.post_norm, m_.hidden, (float)m_.norm_eps, row);
+    });
+    const bool quantize = is_quantized(l.down.format);
+    float* gate = w_.scratch + thread_ * tokens_ * 2 * BLOCK_ROWS;
+    float* up = gate + tokens_ * BLOCK_ROWS;
+    team_.for_each(thread_, num_blocks(l.gate_up) / 2, [&](int64_t block) {
+      block_product(l.gate_up, 2 * block, normed, 0, tokens_, gate, BLOCK_ROWS);
+      block_product(l.gate_up, 2 * block + 1, normed, 0, tokens_, up, BLOCK_ROWS);
+      const float* bias = l.gate_up_bias ? l.gate_up_bias + 2 * block * BLOCK_ROWS : nullptr;
+      for (int64_t t = 0; t < tokens_; ++t) {
+        for (int64_t i = 0; i < BLOCK_ROWS; i += LANES) {
+          F32 g = load(gate + t * BLOCK_ROWS + i), u = load(up + t * BLOCK_ROWS + i);
+          if (bias) g = add(g, load(bias + i)), u = add(u, load(bias + BLOCK_ROWS + i));
+          store(w_.inner.values + t * w_.inner.width + block * BLOCK_ROWS + i, mul(activation(g), u));
+        }
+        if (quantize) quantize_group(w_.inner, t, block);
+      }
+    });
+    add_product(l.down, l.down_bias, w_.inner);
+  }
+
+  F32 activation(F32 x) {
+    switch (m_.activation) {
+      case ACTIVATION_GELU_TANH: {
+        const F32 inner = mul(x, fma(mul(x, x), broadcast(0.044715f), broadcast(1.0f)));
+        const F32 t = tanh(mul(inner, broadcast(0.7978845608028654f)));
+        return mul(mul(x, broadcast(0.5f)), add(t, broadcast(1.0f)));
+      }
+      case ACTIVATION_RELU: return max(x, zero());
+      default: return silu(x);
+    }
+  }
+
+  void predict() {
+    if (a_.num_logits == 0) return;
+    const Rows normed = activate(a_.num_logits, m_.head, [&](int64_t i, float* row) {
+      rms_norm(w_.hidden + a_.logit_tokens[i] * m_.hidden, m_.final_norm, m_.hidden, (float)m_.norm_eps, row);
+    });
+    team_.for_each(thread_, num_blocks(m_.head), [&](int64_t block) {
+      block_product(m_.head, block, normed, 0, a_.num_logits, a_.logits + block * BLOCK_ROWS, a_.logits_stride);
+    });
+  }
+
+  const DecodeArguments& a_;
+  const Model& m_;
+  Team& team_;
+  const int thread_;
+  const int64_t tokens_;
+  Workspace w_;
+};
+
+inline const char* decode(const DecodeArguments* a, int threads) {
+  const int64_t tokens = a->starts[a->sequences];
+  if (workspace_at(*a->model, nullptr, tokens, threads).bytes > a->workspace_bytes) return "workspace: too small";
+  run(threads, [&](Team& team, int thread) { Decoder(*a, team, thread).run(); });
+  return nullptr;
+}
+
+inline const char* decode_workspace(const DecodeArguments* a, int threads) {
+  DecodeArguments* out = const_cast<DecodeArguments*>(a);
+  out->workspace_bytes = workspace_at(*a->model, nullptr, a->starts[a->sequences], threads).bytes;
+  return nullptr;
+}
+
+}  // namespace UNSPOOL_ISA
