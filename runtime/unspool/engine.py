@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from unspool.model import UnspoolForCausalLM
+from unspool.executor import Executor, Logits
 from unspool.requests import (
     MAX_LOGPROBS,
     EngineBusy,
@@ -31,7 +31,6 @@ from unspool.requests import (
     TokenLogprobs,
 )
 from unspool.sampling import Sampler, token_logprobs
-from unspool.state import StatePool
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +71,10 @@ class _Sequence:
 class Engine:
     """Runs generation requests on a model. Thread-safe: `submit` and `cancel` may be called from anywhere."""
 
-    def __init__(self, model: UnspoolForCausalLM, options: EngineOptions | None = None) -> None:
+    def __init__(self, executor: Executor, options: EngineOptions | None = None) -> None:
         self.options = options or EngineOptions()
-        self._model = model
-        self._pool = StatePool(model.config, self.options.max_slots, model.dtype, model.device)
+        self._executor = executor
+        self._pool = executor.new_pool(self.options.max_slots)
         self._free = list(reversed(range(self.options.max_slots)))
         self._waiting: collections.deque[_Sequence] = collections.deque()
         self._prefilling: collections.deque[_Sequence] = collections.deque()
@@ -112,7 +111,7 @@ class Engine:
         Raises InvalidRequest, EngineBusy when the queue is full, EngineDead when nothing will be answered any more.
         """
         self._validate(request)
-        sequence = _Sequence(request, sink, Sampler(request.sampling, request.prompt, self._model.config.vocab_size))
+        sequence = _Sequence(request, sink, Sampler(request.sampling, request.prompt, self._executor.config.vocab_size))
         with self._changed:
             if not self.alive:
                 raise EngineDead(f"the engine has stopped: {self._failure or 'shut down'}")
@@ -132,7 +131,7 @@ class Engine:
                 self._changed.notify()
 
     def _validate(self, request: GenerationRequest) -> None:
-        vocabulary = self._model.config.vocab_size
+        vocabulary = self._executor.config.vocab_size
         if not request.prompt:
             raise InvalidRequest("prompt", "must hold at least one token")
         if not all(0 <= token < vocabulary for token in request.prompt):
@@ -176,9 +175,9 @@ class Engine:
         if not self._running:
             return
         slots = sorted(self._running, key=lambda sequence: sequence.slot)
-        tokens = torch.tensor([[sequence.next_token] for sequence in slots], device=self._model.device)
-        hidden = self._model.hidden(tokens, slots=(self._pool, [sequence.slot for sequence in slots]))
-        for sequence, logits in zip(slots, self._model.lm_head(hidden[:, 0]), strict=True):
+        tokens = [[sequence.next_token] for sequence in slots]
+        rows = self._executor.logits(tokens, self._pool, [sequence.slot for sequence in slots])
+        for sequence, logits in zip(slots, rows, strict=True):
             self._produce(sequence, logits)
 
     def _lend_slots(self) -> None:
@@ -200,33 +199,34 @@ class Engine:
         request, scored = sequence.request, sequence.request.prompt_logprobs is not None
         size = min(self.options.prefill_chunk, SCORED_CHUNK) if scored else self.options.prefill_chunk
         prompt = request.prompt[sequence.consumed : sequence.consumed + size]
-        tokens = torch.tensor([prompt], device=self._model.device)
-        hidden = self._model.hidden(tokens, slots=(self._pool, [sequence.slot]))[0]
-        if scored:
-            self._score_prompt(sequence, hidden)
         sequence.consumed += len(prompt)
-        if sequence.consumed < len(request.prompt):
-            self._prefilling.append(sequence)
+        is_last = sequence.consumed == len(request.prompt)
+        want: Logits = "every" if scored else "last" if is_last else "none"
+        logits = self._executor.logits([prompt], self._pool, [sequence.slot], want)
+        if scored:
+            self._score_prompt(sequence, sequence.consumed - len(prompt), logits)
+        if is_last:
+            self._begin_decoding(sequence, logits[-1])
         else:
-            self._begin_decoding(sequence, hidden[-1])
+            self._prefilling.append(sequence)
 
-    def _score_prompt(self, sequence: _Sequence, hidden: Tensor) -> None:
-        """Log-probabilities of the prompt tokens that follow each position of this chunk."""
+    def _score_prompt(self, sequence: _Sequence, first: int, rows: Tensor) -> None:
+        """Log-probabilities of the prompt tokens that follow each position of the chunk that began at `first`."""
         request, scores = sequence.request, sequence.prompt_logprobs
         if not scores:
             scores.append(None)
-        following = request.prompt[sequence.consumed + 1 : sequence.consumed + 1 + hidden.shape[0]]
-        for logits, token in zip(self._model.lm_head(hidden), following, strict=False):
+        following = request.prompt[first + 1 : first + 1 + len(rows)]
+        for logits, token in zip(rows, following, strict=False):
             scores.append(token_logprobs(logits, token, request.prompt_logprobs or 0))
 
-    def _begin_decoding(self, sequence: _Sequence, last_hidden: Tensor) -> None:
+    def _begin_decoding(self, sequence: _Sequence, logits: Tensor) -> None:
         if sequence.request.prompt_logprobs is not None:
             self._send(sequence, PromptEvent(sequence.request.request_id, tuple(sequence.prompt_logprobs)))
         if sequence.request.max_tokens == 0:
             self._finish(sequence, "length")
             return
         self._running.append(sequence)
-        self._produce(sequence, self._model.lm_head(last_hidden[None])[0])
+        self._produce(sequence, logits)
 
     def _produce(self, sequence: _Sequence, logits: Tensor) -> None:
         """Chooses a sequence's next token, reports it, and ends the sequence if that was its last."""

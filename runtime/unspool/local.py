@@ -12,6 +12,7 @@ import torch
 
 from unspool.engine import Engine, EngineOptions
 from unspool.errors import UserError
+from unspool.executor import ExecutorOptions, make_executor
 from unspool.flags import add_flags, from_flags
 from unspool.loading import LoadedModel, load
 from unspool.requests import EngineDead, EngineEvent, FinishEvent, GenerationRequest, SamplingParams, TokenEvent
@@ -21,7 +22,7 @@ REQUEST_ID = "local"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalOptions:
+class LocalOptions(ExecutorOptions):
     """Where and how the model runs."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
@@ -69,9 +70,9 @@ class GenerationSummary:
 class LocalEngine:
     """A loaded model behind an engine of one slot. A context manager: the engine's thread ends with it."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, options: ExecutorOptions | None = None) -> None:
         self.loaded = loaded
-        self.engine = Engine(loaded.model, EngineOptions(max_slots=1))
+        self.engine = Engine(make_executor(loaded.model, options), EngineOptions(max_slots=1))
 
     @classmethod
     def open(cls, path: str, options: LocalOptions) -> Self:
@@ -79,7 +80,7 @@ class LocalEngine:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-        return cls(load(path, dtype=dtype, device=options.device))
+        return cls(load(path, dtype=dtype, device=options.device), options)
 
     def __enter__(self) -> Self:
         self.engine.start()

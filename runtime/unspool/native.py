@@ -1,7 +1,7 @@
 """Packs a loaded model for the native decoder, and says why when it cannot be."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unspool.config import UnspoolConfig
 from unspool.decoder import MLP, Block
@@ -15,6 +15,7 @@ from unspool_kernels.native.decoder import (
     MAX_CHANNELS,
     WIDTH_MULTIPLE,
     DecoderWeights,
+    FarWeights,
     LayerMixer,
     LayerWeights,
     NativeDecoder,
@@ -41,18 +42,24 @@ def unsupported(config: UnspoolConfig) -> str | None:
     return None
 
 
-def pack(model: UnspoolForCausalLM, format: Format) -> NativeDecoder:
+def pack(model: UnspoolForCausalLM, format: Format, *, release: bool = False) -> NativeDecoder:
     """Copies the model's weights into the packed format; the feature maps of the state stay float16 or wider.
 
-    Raises ValueError with the reason when `unsupported` has one.
+    With `release` the model's own weights are given up one by one as they are packed, and it can only be asked for its
+    configuration afterwards. Raises ValueError with the reason when `unsupported` has one.
     """
     config = model.config
     if reason := unsupported(config):
         raise ValueError(reason)
+    layers = []
+    for block in _blocks(model):
+        layers.append((_layer(block, format), _mixer(config, block.self_attn.spec)))
+        if release:
+            block.to(torch.device("meta"))
     head = PackedMatrix.pack(model.lm_head.weight, format)
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     weights = DecoderWeights(
-        layers=[(_layer(block, format), _mixer(config, block.self_attn.spec)) for block in _blocks(model)],
+        layers=layers,
         embedding=head if tied else PackedMatrix.pack(model.model.embed_tokens.weight, format),
         head=head,
         final_norm=_vector(model.model.norm.weight),
@@ -66,6 +73,8 @@ def pack(model: UnspoolForCausalLM, format: Format) -> NativeDecoder:
         rotary_scaling=model.rotary.scaling,
         norm_eps=config.rms_norm_eps,
     )
+    if release:
+        nn.Module.to(model, torch.device("meta"))
     return NativeDecoder(weights)
 
 
@@ -76,7 +85,7 @@ def _blocks(model: UnspoolForCausalLM) -> list[Block]:
 def _layer(block: Block, format: Format) -> LayerWeights:
     attention, mlp = block.self_attn, block.mlp
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    qkv_bias = [projection.bias for projection in projections if projection.bias is not None]
+    qkv_bias = [projection.bias.detach() for projection in projections if projection.bias is not None]
     norms = hasattr(attention, "q_norm")
     return LayerWeights(
         input_norm=_vector(block.input_layernorm.weight),
@@ -91,27 +100,27 @@ def _layer(block: Block, format: Format) -> LayerWeights:
         gate_up_bias=_gate_up_bias(mlp),
         down=PackedMatrix.pack(mlp.down_proj.weight, format),
         down_bias=_optional(mlp.down_proj.bias),
-        **_far(attention, "float32" if format == "float32" else "float16"),
+        far=_far(attention, "float32" if format == "float32" else "float16"),
     )
 
 
-def _far(attention: LinearizedAttention, format: Format) -> dict[str, "PackedMatrix | Tensor"]:
-    """What the far part learned, by the names of LayerWeights."""
-    parts: dict[str, PackedMatrix | Tensor] = {}
+def _far(attention: LinearizedAttention, format: Format) -> FarWeights:
     far = attention.far
     if far is None:
-        return parts
-    for name in ("query_map", "key_map"):
-        if hasattr(far, name):
-            parts[name] = PackedMatrix.pack(_stacked_maps(getattr(far, name).detach()), format)
-    for name, target in (("gate_weight", "gate_weight"), ("gate_bias", "gate_bias"), ("bias", "far_bias")):
-        if hasattr(far, name):
-            parts[target] = _vector(getattr(far, name))
-    return parts
+        return FarWeights()
+    hedgehog = far.spec.feature_map == "hedgehog"
+    return FarWeights(
+        query_map=PackedMatrix.pack(_stacked_maps(far.query_map), format) if hedgehog else None,
+        key_map=PackedMatrix.pack(_stacked_maps(far.key_map), format) if hedgehog else None,
+        gate_weight=_optional(getattr(far, "gate_weight", None)),
+        gate_bias=_optional(getattr(far, "gate_bias", None)),
+        bias=_optional(getattr(far, "bias", None)),
+    )
 
 
 def _stacked_maps(maps: Tensor) -> Tensor:
     """Maps [heads, in, out] as rows [heads x padded out, in]."""
+    maps = maps.detach()
     heads, channels, outputs = maps.shape
     rows = maps.new_zeros(heads, -(-outputs // BLOCK_ROWS) * BLOCK_ROWS, channels)
     rows[:, :outputs] = maps.transpose(1, 2)

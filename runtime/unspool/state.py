@@ -27,12 +27,14 @@ class TensorSpec(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def layer_state_specs(config: UnspoolConfig, spec: MixerSpec, dtype: torch.dtype) -> dict[str, TensorSpec]:
+def layer_state_specs(
+    config: UnspoolConfig, spec: MixerSpec, dtype: torch.dtype, far_dtype: torch.dtype | None = None
+) -> dict[str, TensorSpec]:
     """The tensors of one layer for one sequence. The near set has the model's dtype; what is summed over time is
-    float32 (float64 in a float64 model)."""
+    float32 (float64 in a float64 model) unless `far_dtype` says otherwise."""
     near = TensorSpec((config.num_key_value_heads, spec.sinks + spec.window, config.head_dim), dtype)
     specs = {"near_keys": near, "near_values": near}
-    summed = torch.promote_types(dtype, torch.float32)
+    summed = far_dtype or torch.promote_types(dtype, torch.float32)
     heads, channels = state_heads(config, spec), config.head_dim
     if spec.has_state and spec.memory == "slots":
         slot = TensorSpec((heads, spec.num_slots or channels, channels), summed)
@@ -99,13 +101,21 @@ class SlotSnapshot:
 class StatePool:
     """State tensors for `num_slots` sequences, allocated once. A slot is zeroed before it is lent again."""
 
-    def __init__(self, config: UnspoolConfig, num_slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        config: UnspoolConfig,
+        num_slots: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        *,
+        far_dtype: torch.dtype | None = None,
+    ) -> None:
         self.device = torch.device(device)
         with torch.inference_mode(False):  # so that a pool made in inference mode can be written to outside it
             self.layers: tuple[LayerState, ...] = tuple(
                 {
                     name: torch.zeros(num_slots, *shape, dtype=tensor_dtype, device=self.device)
-                    for name, (shape, tensor_dtype) in layer_state_specs(config, spec, dtype).items()
+                    for name, (shape, tensor_dtype) in layer_state_specs(config, spec, dtype, far_dtype).items()
                 }
                 for spec in config.mixer_specs()
             )

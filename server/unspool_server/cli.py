@@ -12,12 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import torch
 import uvicorn
 
+from unspool.cli import INTERRUPTED
 from unspool.engine import Engine, EngineOptions
 from unspool.errors import UserError
+from unspool.executor import make_executor
 from unspool.flags import add_flags, from_flags
 from unspool.loading import LoadedModel, load
 from unspool.local import LocalOptions
@@ -83,7 +86,7 @@ class ModelStart:
 
     def _make_engine(self, loaded: LoadedModel) -> Engine:
         try:
-            return Engine(loaded.model, self.engine)
+            return Engine(make_executor(loaded.model, self.hardware), self.engine)
         except (RuntimeError, MemoryError) as error:  # PyTorch raises RuntimeError when it gets no memory
             slots, reason = self.engine.max_slots, (str(error).splitlines() or ["out of memory"])[0]
             raise UserError(f"cannot hold {slots} slots: {reason}; pass a smaller --max-slots") from error
@@ -97,11 +100,22 @@ class GracefulServer(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
+        self.interrupted = False
+        """Whether it was SIGINT that came first."""
         self._service = service
         self._in_haste = False
 
+    def take_signals(self) -> None:
+        """Makes the signals that end a server end this one, also before it runs and when it has ended."""
+        # uvicorn takes them only once its event loop runs; then it puts these handlers back and raises the signals
+        # that it got again, which must not be what ends the process.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle_exit)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit and not self._in_haste:
+        if not self.should_exit:
+            self.interrupted = sig == signal.SIGINT
+        elif not self._in_haste:
             self._in_haste = True
             return
         super().handle_exit(sig, frame)
@@ -141,28 +155,42 @@ class Startup(threading.Thread):
             self.failure = error
             self._server.should_exit = True
             return
-        self._service.open(backend)
-        logger.info("serving %s", backend.model.name)
+        if self._service.open(backend):
+            logger.info("serving %s", backend.model.name)
 
 
 def serve(settings: ServerSettings, start: Callable[[], Backend]) -> int:
     """Serves until a signal ends it, then lets answers in flight finish. Returns 1 if the engine died, else 0.
 
-    Raises UserError when the address cannot be listened on, and whatever `start` raises.
+    Ends the process itself if `start` is still running then. Raises UserError when the address cannot be listened on,
+    KeyboardInterrupt if the signal was SIGINT, and whatever `start` raises.
     """
     listener = _listen(settings)
     service = Service(settings)
     server = GracefulServer(_uvicorn_config(service, settings), service)
     startup = Startup(start, service, server)
-    # uvicorn handles the signal and raises it again when all is done; that must not be what ends the process.
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    server.take_signals()
     startup.start()
     host, port = listener.getsockname()[:2]
     logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     server.run([listener])
+    service.close()  # uvicorn does not let the application do it when a third signal comes
+    if startup.is_alive():
+        _end_process(INTERRUPTED if server.interrupted else 0)
     if startup.failure is not None:
         raise startup.failure
+    if server.interrupted:
+        raise KeyboardInterrupt
     return 1 if service.died else 0
+
+
+def _end_process(code: int) -> NoReturn:
+    """Ends the process beside a thread that loads a model.
+
+    Nothing can stop that thread, and the interpreter, when it ends itself, breaks it off inside PyTorch: that aborts.
+    """
+    logging.shutdown()
+    os._exit(code)
 
 
 def _listen(settings: ServerSettings) -> socket.socket:

@@ -1,6 +1,7 @@
 """What the routes serve: nothing while the model loads, then one model behind one engine."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -53,10 +54,17 @@ class Service:
         """Whether the engine had stopped before it was told to."""
         self._backend: Backend | None = None
         self._ended = False
+        self._changing = threading.Lock()
         self._preparing = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="unspool-prepare")
 
-    def open(self, backend: Backend) -> None:
-        self._backend = backend
+    def open(self, backend: Backend) -> bool:
+        """Whether `backend` is served from now on; its engine is ended instead if everything has ended already."""
+        with self._changing:
+            if self._ended:
+                backend.engine.shutdown()
+                return False
+            self._backend = backend
+            return True
 
     async def prepare(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         """Runs what grows with a request's size, on threads of its own: the loop's are for answers under way."""
@@ -69,10 +77,13 @@ class Service:
 
     def shutdown(self) -> None:
         """Ends the engine; whatever is in flight is cancelled."""
-        if self._backend is not None and not self._ended:
+        with self._changing:
+            if self._ended:
+                return
             self._ended = True
             self.died = self.failed
-            self._backend.engine.shutdown()
+            if self._backend is not None:
+                self._backend.engine.shutdown()
 
     @property
     def failed(self) -> bool:

@@ -1,7 +1,8 @@
 """The engine on a tiny model: results alone and together, limits, cancellation, failure, and constant state."""
 
+import copy
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ import torch
 from unspool import UnspoolConfig, UnspoolForCausalLM
 from unspool.config import linearize_block
 from unspool.engine import Engine, EngineOptions
+from unspool.executor import Executor, NativeExecutor, TorchExecutor
 from unspool.mixer_spec import PRESETS
+from unspool.native import pack
 from unspool.requests import (
     EngineBusy,
     EngineDead,
@@ -36,16 +39,32 @@ def model() -> UnspoolForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=16,
         initializer_range=0.4,
         linearize=linearize_block("test", PRESETS["disjoint"].replace(window=8, far_bias=0.0), {}),
     )
     return UnspoolForCausalLM(config).eval()
 
 
+EXECUTORS: dict[str, Callable[[UnspoolForCausalLM], Executor]] = {
+    "torch": TorchExecutor,
+    "native": lambda model: NativeExecutor(model.config, pack(model, "float32"), torch.float32),
+}
+NARROW: dict[str, Callable[[UnspoolForCausalLM], Executor]] = {
+    "torch bfloat16": lambda model: TorchExecutor(copy.deepcopy(model).to(torch.bfloat16)),
+    "native int8": lambda model: NativeExecutor(model.config, pack(model, "int8"), torch.float32),
+    "native int4, half state": lambda model: NativeExecutor(model.config, pack(model, "int4"), torch.float16),
+}
+
+
+@pytest.fixture(scope="module", params=list(EXECUTORS))
+def executor(request: pytest.FixtureRequest, model: UnspoolForCausalLM) -> Executor:
+    return EXECUTORS[request.param](model)
+
+
 @pytest.fixture
-def engine(model: UnspoolForCausalLM) -> Iterator[Engine]:
-    running = Engine(model, EngineOptions(max_slots=3, prefill_chunk=7))
+def engine(executor: Executor) -> Iterator[Engine]:
+    running = Engine(executor, EngineOptions(max_slots=3, prefill_chunk=7))
     running.start()
     yield running
     running.shutdown()
@@ -163,7 +182,7 @@ def test_a_cancelled_request_frees_its_slot(engine: Engine) -> None:
 
 
 def test_a_full_queue_refuses(model: UnspoolForCausalLM) -> None:
-    engine = Engine(model, EngineOptions(max_slots=1, max_queue=1))
+    engine = Engine(TorchExecutor(model), EngineOptions(max_slots=1, max_queue=1))
     engine.start()
     running, waiting = Answer(), Answer()
     engine.submit(request("running", 5, max_tokens=1_000_000), running)
@@ -183,7 +202,7 @@ def test_numbers_that_are_not_numbers_end_only_their_own_request(model: UnspoolF
     broken = UnspoolForCausalLM(config).eval()
     broken.load_state_dict(model.state_dict())
     broken.model.embed_tokens.weight.data[3] = torch.nan
-    engine = Engine(broken)
+    engine = Engine(TorchExecutor(broken))
     engine.start()
     bad = GenerationRequest(request_id="bad", prompt=(1, 3), sampling=GREEDY)
     good = GenerationRequest(request_id="good", prompt=(1, 2), sampling=GREEDY, max_tokens=1)
@@ -200,7 +219,7 @@ def test_numbers_that_are_not_numbers_end_only_their_own_request(model: UnspoolF
 def test_a_failing_model_ends_every_request_and_the_engine_says_so(model: UnspoolForCausalLM) -> None:
     broken = UnspoolForCausalLM(model.config).eval()
     broken.model.norm.weight = torch.nn.Parameter(torch.ones(5))  # the wrong size: every forward pass raises
-    engine = Engine(broken)
+    engine = Engine(TorchExecutor(broken))
     engine.start()
     answer = Answer()
     engine.submit(request("a", 5), answer)
@@ -241,13 +260,9 @@ def test_an_id_in_flight_is_refused(engine: Engine) -> None:
     answer.finish()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_log_probabilities_have_the_same_bits_alone_and_in_any_company(
-    model: UnspoolForCausalLM, dtype: torch.dtype
-) -> None:
-    same = UnspoolForCausalLM(model.config).eval()
-    same.load_state_dict(model.state_dict())
-    engine = Engine(same.to(dtype), EngineOptions(max_slots=5, prefill_chunk=16))
+@pytest.mark.parametrize("name", [*EXECUTORS, *NARROW])
+def test_log_probabilities_have_the_same_bits_alone_and_in_any_company(model: UnspoolForCausalLM, name: str) -> None:
+    engine = Engine((EXECUTORS | NARROW)[name](model), EngineOptions(max_slots=5, prefill_chunk=16))
     engine.start()
     requests = [request(f"r{n}", length, logprobs=2) for n, length in enumerate([33, 1, 7, 20, 12])]
 

@@ -1,1 +1,1 @@
-"""The kernels in C++ for CPUs: one shared library with a plain C interface, instruction set chosen when it is loaded."""
+"""The kernels in C++ for CPUs: one shared library with a plain C interface, which picks its instruction set."""

@@ -6,6 +6,7 @@ Knows no model class and no configuration: the caller describes the layers with 
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,11 +26,24 @@ _MATRIX = MatrixArgument()
 
 
 @dataclass(frozen=True, kw_only=True)
+class FarWeights:
+    """What a layer's state has learned. Maps hold each head's matrix transposed, padded to whole blocks of rows."""
+
+    query_map: PackedMatrix | None = None
+    key_map: PackedMatrix | None = None
+    gate_weight: Tensor | None = None
+    gate_bias: Tensor | None = None
+    bias: Tensor | None = None
+
+
+NO_FAR_WEIGHTS = FarWeights()
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerWeights:
     """One layer. Matrices are packed [out, in]; vectors are float32; what the layer does not have is None.
 
     qkv stacks the rows of query, key and value; gate_up has 32 rows of gate and 32 of up in turns, as have the biases.
-    query_map and key_map hold each head's map transposed, each padded to whole blocks of rows.
     """
 
     input_norm: Tensor
@@ -44,15 +58,11 @@ class LayerWeights:
     out_bias: Tensor | None = None
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
-    query_map: PackedMatrix | None = None
-    key_map: PackedMatrix | None = None
-    gate_weight: Tensor | None = None
-    gate_bias: Tensor | None = None
-    far_bias: Tensor | None = None
+    far: FarWeights = NO_FAR_WEIGHTS
 
     @property
     def matrices(self) -> tuple[PackedMatrix, ...]:
-        found = (self.qkv, self.out, self.gate_up, self.down, self.query_map, self.key_map)
+        found = (self.qkv, self.out, self.gate_up, self.down, self.far.query_map, self.far.key_map)
         return tuple(matrix for matrix in found if matrix is not None)
 
 
@@ -201,7 +211,9 @@ class NativeDecoder:
     @property
     def bytes_per_step(self) -> int:
         """Bytes of weights that one decode step reads: all but the embedding, of which it reads a row."""
-        return sum(m.num_bytes for layer, _ in self.weights.layers for m in layer.matrices) + self.weights.head.num_bytes
+        return (
+            sum(m.num_bytes for layer, _ in self.weights.layers for m in layer.matrices) + self.weights.head.num_bytes
+        )
 
     def logits(
         self,
@@ -210,13 +222,13 @@ class NativeDecoder:
         slots: Sequence[int],
         positions: Sequence[int],
         *,
-        every_token: bool = False,
+        want: Literal["none", "last", "every"] = "last",
         threads: int | None = None,
     ) -> Tensor:
         """Consumes each sequence's tokens, advancing its slot in `state` (one mapping a layer: near_keys, near_values
         and far, as `unspool.state` lays them out, float32 or float16).
 
-        Returns float32 logits [sequences, vocabulary] of every sequence's last token, or [tokens, vocabulary] of all.
+        Returns float32 logits [rows, vocabulary] of every sequence's last token, or of every token, or none.
         Raises ValueError for more tokens of a sequence than `window`, for slots out of range or named twice, and for
         state tensors that do not fit.
         """
@@ -225,7 +237,7 @@ class NativeDecoder:
         starts = torch.zeros(len(tokens) + 1, dtype=torch.int32)
         torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])
         total = int(starts[-1])
-        wanted = torch.arange(total, dtype=torch.int32) if every_token else starts[1:] - 1
+        wanted = {"none": starts[:0], "last": starts[1:] - 1, "every": torch.arange(total, dtype=torch.int32)}[want]
         flat = torch.tensor([token for sequence in tokens for token in sequence], dtype=torch.int32)
         if total == 0 or int(flat.min()) < 0 or int(flat.max()) >= self.weights.head.rows:
             raise ValueError(f"tokens: ids must be between 0 and {self.weights.head.rows - 1}")
@@ -296,11 +308,11 @@ class NativeDecoder:
             gate_up_bias=address(weights.gate_up_bias),
             down=weights.down.argument,
             down_bias=address(weights.down_bias),
-            query_map=weights.query_map.argument if weights.query_map else _MATRIX,
-            key_map=weights.key_map.argument if weights.key_map else _MATRIX,
-            gate_weight=address(weights.gate_weight),
-            gate_bias=address(weights.gate_bias),
-            far_bias=address(weights.far_bias),
+            query_map=weights.far.query_map.argument if weights.far.query_map else _MATRIX,
+            key_map=weights.far.key_map.argument if weights.far.key_map else _MATRIX,
+            gate_weight=address(weights.far.gate_weight),
+            gate_bias=address(weights.far.gate_bias),
+            far_bias=address(weights.far.bias),
             near_keys=address(tensors["near_keys"]),
             near_values=address(tensors["near_values"]),
             far=address(tensors.get("far")),
@@ -358,7 +370,9 @@ def _check(weights: DecoderWeights) -> None:
 
 def _check_state(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tensor is None or tuple(tensor.shape) != shape:
-        raise ValueError(f"state: {name} must be {shape}, not {tuple(tensor.shape) if tensor is not None else 'absent'}")
+        raise ValueError(
+            f"state: {name} must be {shape}, not {tuple(tensor.shape) if tensor is not None else 'absent'}"
+        )
     if tensor.dtype != dtype or dtype not in (torch.float32, torch.float16):
         raise ValueError(f"state: {name} is {tensor.dtype}; all must be float32, or all float16")
     if not tensor.is_contiguous() or tensor.device.type != "cpu":

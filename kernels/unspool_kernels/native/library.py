@@ -137,5 +137,3 @@ def allocate(num_bytes: int) -> Tensor:
     array = (ctypes.c_uint8 * allocation.num_bytes).from_address(allocation.address)
     array._allocation = allocation  # type: ignore[attr-defined]  # the tensor keeps the array, the array its memory
     return torch.frombuffer(array, dtype=torch.uint8)[:num_bytes]
-
-
