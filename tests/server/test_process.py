@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import shutil
 import signal
@@ -16,9 +17,14 @@ from typing import TYPE_CHECKING
 
 import httpx
 import pytest
+from transformers import PreTrainedTokenizerFast
+
+from unspool import UnspoolForCausalLM
+from unspool_server.service import Backend, ServedModel, Service
+from unspool_server.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from conftest import ServerProcess
+    from conftest import ScriptedEngine, ServerProcess
 
 Launch = Callable[..., AbstractContextManager["ServerProcess"]]
 LONG = {"model": "tiny", "prompt": "hello", "max_tokens": 1_000_000, "ignore_eos": True}
@@ -166,11 +172,49 @@ def copy_with_sampling(checkpoint: Path, path: Path, **values: float) -> Path:
     return path
 
 
-def test_sigterm_before_the_model_is_loaded_exits_with_zero(launch: Launch, checkpoint: Path) -> None:
-    with launch(str(checkpoint)) as server:
-        server.wait_until_listening()
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(30) == 0
+@pytest.fixture(scope="module")
+def deep_checkpoint(
+    model: UnspoolForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A model of so many layers that a process is busy for a second or more when it loads them."""
+    config = copy.deepcopy(model.config)
+    config.layer_types, config.num_hidden_layers = config.layer_types * 100, 200
+    path = tmp_path_factory.mktemp("checkpoints") / "deep"
+    UnspoolForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "delay"),
+    [
+        *((signal.SIGTERM, 0, delay) for delay in (0.0, 0.02, 0.3, 0.6, 0.9)),
+        *((signal.SIGINT, 130, delay) for delay in (0.0, 0.5)),
+    ],
+)
+def test_signal_before_the_model_is_loaded_ends_the_process(
+    launch: Launch, deep_checkpoint: Path, number: signal.Signals, code: int, delay: float
+) -> None:
+    """Before there is an event loop, as it starts, and while a thread is anywhere in PyTorch."""
+    with launch(str(deep_checkpoint)) as server:
+        while not any("listening on" in line for line in server.log):  # the first moments are over within one poll
+            assert server.process.poll() is None, "".join(server.log)
+            time.sleep(0.0005)
+        time.sleep(delay)
+        server.process.send_signal(number)
+        assert server.process.wait(60) == code, "".join(server.log)
+    assert "Traceback" not in "".join(server.log)
+    assert not any("serving deep" in line for line in server.log)
+
+
+def test_model_that_is_loaded_after_the_end_is_ended_too(
+    tokenizer: PreTrainedTokenizerFast, engine: ScriptedEngine
+) -> None:
+    service = Service(ServerSettings())
+    service.close()
+    assert not service.open(Backend(ServedModel("tiny", tokenizer, frozenset()), engine, max_slots=1, max_queue=3))
+    assert not engine.alive
+    assert not service.died
 
 
 def test_key_of_the_environment_guards_the_process(launch: Launch, checkpoint: Path) -> None:
