@@ -6,13 +6,14 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Self
 
 import torch
 
 from unspool.engine import Engine, EngineOptions
 from unspool.errors import UserError
-from unspool.executor import ExecutorOptions, make_executor
+from unspool.executor import Executor, ExecutorOptions, make_executor
 from unspool.flags import add_flags, from_flags
 from unspool.loading import LoadedModel, load
 from unspool.requests import EngineDead, EngineEvent, FinishEvent, GenerationRequest, SamplingParams, TokenEvent
@@ -67,20 +68,27 @@ class GenerationSummary:
         )
 
 
+def open_executor(path: str | Path, options: LocalOptions) -> tuple[LoadedModel, Executor]:
+    """Loads the model and what runs it; the executor owns its weights. Raises UserError as `load` and `make_executor`
+    do."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    loaded = load(path, dtype=dtype, device=options.device)
+    return loaded, make_executor(loaded.model, options)
+
+
 class LocalEngine:
     """A loaded model behind an engine of one slot. A context manager: the engine's thread ends with it."""
 
-    def __init__(self, loaded: LoadedModel, options: ExecutorOptions | None = None) -> None:
+    def __init__(self, loaded: LoadedModel, executor: Executor) -> None:
         self.loaded = loaded
-        self.engine = Engine(make_executor(loaded.model, options), EngineOptions(max_slots=1))
+        self.engine = Engine(executor, EngineOptions(max_slots=1))
 
     @classmethod
     def open(cls, path: str, options: LocalOptions) -> Self:
         """Loads the model. Raises UserError for what is no converted model and for a device that is not there."""
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
-        dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-        return cls(load(path, dtype=dtype, device=options.device), options)
+        return cls(*open_executor(path, options))
 
     def __enter__(self) -> Self:
         self.engine.start()

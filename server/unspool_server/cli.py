@@ -14,16 +14,14 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-import torch
 import uvicorn
 
 from unspool.cli import INTERRUPTED
 from unspool.engine import Engine, EngineOptions
 from unspool.errors import UserError
-from unspool.executor import make_executor
+from unspool.executor import Executor
 from unspool.flags import add_flags, from_flags
-from unspool.loading import LoadedModel, load
-from unspool.local import LocalOptions
+from unspool.local import LocalOptions, open_executor
 from unspool_server.app import create_app
 from unspool_server.keys import read_keys
 from unspool_server.schemas import SAMPLING_DEFAULTS
@@ -75,18 +73,15 @@ class ModelStart:
 
         Raises UserError when the directory holds no sound converted model, or there is no memory for the slots.
         """
-        if self.hardware.threads is not None:
-            torch.set_num_threads(self.hardware.threads)
-        dtype = None if self.hardware.dtype == "auto" else getattr(torch, self.hardware.dtype)
-        loaded = load(self.path, dtype=dtype, device=self.hardware.device)
-        engine = self._make_engine(loaded)
+        loaded, executor = open_executor(self.path, self.hardware)
+        engine = self._make_engine(executor)
         engine.start()
         served = ServedModel(self.name or loaded.name, loaded.tokenizer, loaded.eos_ids, loaded.sampling_defaults)
         return Backend(served, engine, self.engine.max_slots, self.engine.max_queue)
 
-    def _make_engine(self, loaded: LoadedModel) -> Engine:
+    def _make_engine(self, executor: Executor) -> Engine:
         try:
-            return Engine(make_executor(loaded.model, self.hardware), self.engine)
+            return Engine(executor, self.engine)
         except (RuntimeError, MemoryError) as error:  # PyTorch raises RuntimeError when it gets no memory
             slots, reason = self.engine.max_slots, (str(error).splitlines() or ["out of memory"])[0]
             raise UserError(f"cannot hold {slots} slots: {reason}; pass a smaller --max-slots") from error

@@ -1,4 +1,4 @@
-"""The verb `unspool bench`: speed and memory as ratios measured in one run. Each benchmark is a sub-verb."""
+"""`unspool bench length`: time per token and memory at several positions of a text."""
 
 import argparse
 import json
@@ -12,34 +12,31 @@ from typing import Any
 import torch
 
 from unspool.errors import UserError
-from unspool.loading import load
-from unspool.model import UnspoolForCausalLM
+from unspool.executor import Executor
+from unspool.flags import add_flags, from_flags
+from unspool.local import LocalOptions, open_executor
 from unspool.state import StatePool, kv_cache_bytes
 
 PREFILL_CHUNK = 512
 
 
-def add_bench(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
-    """Adds the sub-verbs; what it returns runs the one that was chosen."""
-    benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    length = benchmarks.add_parser("length", help="time per token and bytes of state at several positions of a text")
+def add_length(length: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
     length.add_argument("model", type=Path, help="directory that `unspool convert` wrote")
     length.add_argument(
         "--positions", type=_positions, default=(300, 30_000), help="comma-separated (default: 300,30000)"
     )
     length.add_argument("--rounds", type=int, default=50, help="tokens timed at each position (default: %(default)s)")
-    length.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     length.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    add_flags(length, LocalOptions)
     return run_length
 
 
 def run_length(arguments: argparse.Namespace) -> int:
     """Raises UserError for a model that cannot be loaded and counts that make no sense."""
-    if arguments.rounds < 1 or (arguments.threads is not None and arguments.threads < 1):
-        raise UserError("--rounds and --threads must be at least 1")
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    rows = measure_length(load(arguments.model).model, arguments.positions, arguments.rounds)
+    if arguments.rounds < 1:
+        raise UserError("--rounds must be at least 1")
+    executor = open_executor(arguments.model, from_flags(arguments, LocalOptions))[1]
+    rows = measure_length(executor, arguments.positions, arguments.rounds)
     sys.stdout.write(
         json.dumps({"threads": torch.get_num_threads(), "rows": rows}) + "\n" if arguments.json else _table(rows)
     )
@@ -47,23 +44,22 @@ def run_length(arguments: argparse.Namespace) -> int:
 
 
 @torch.inference_mode()
-def measure_length(model: UnspoolForCausalLM, positions: Sequence[int], rounds: int) -> list[dict[str, Any]]:
+def measure_length(executor: Executor, positions: Sequence[int], rounds: int) -> list[dict[str, Any]]:
     """Decodes from every position in turn, one token each a round, so that a busy machine slows all of them alike.
 
     Returns one row a position: median seconds per token, its ratio to the first row's, bytes of state, resident bytes
     of the process after its text was read (None where the system does not tell), and what a key-value cache would take.
     """
-    pool = StatePool(model.config, len(positions), model.dtype, model.device)
+    pool = executor.new_pool(len(positions))
     resident = []
     for slot, position in enumerate(positions):
-        _read_random_text(model, pool, slot, position)
+        _read_random_text(executor, pool, slot, position)
         resident.append(_resident_bytes())
     seconds: list[list[float]] = [[] for _ in positions]
-    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     for _ in range(rounds):
         for slot, times in enumerate(seconds):
             start = time.perf_counter()
-            model.lm_head(model.hidden(token, slots=(pool, [slot]))).argmax().item()
+            executor.logits([[0]], pool, [slot]).argmax().item()
             times.append(time.perf_counter() - start)
     medians = [statistics.median(times) for times in seconds]
     return [
@@ -73,18 +69,18 @@ def measure_length(model: UnspoolForCausalLM, positions: Sequence[int], rounds: 
             "ratio": median / medians[0],
             "state_bytes": pool.num_bytes // pool.num_slots,
             "resident_bytes": bytes_,
-            "kv_cache_bytes": kv_cache_bytes(model.config, position, model.dtype),
+            "kv_cache_bytes": kv_cache_bytes(executor.config, position, pool.layers[0]["near_keys"].dtype),
         }
         for position, median, bytes_ in zip(positions, medians, resident, strict=True)
     ]
 
 
-def _read_random_text(model: UnspoolForCausalLM, pool: StatePool, slot: int, length: int) -> None:
+def _read_random_text(executor: Executor, pool: StatePool, slot: int, length: int) -> None:
     generator = torch.Generator().manual_seed(slot)
     for start in range(0, length, PREFILL_CHUNK):
         count = min(PREFILL_CHUNK, length - start)
-        tokens = torch.randint(model.config.vocab_size, (1, count), generator=generator)
-        model.hidden(tokens.to(model.device), slots=(pool, [slot]))
+        tokens = torch.randint(executor.config.vocab_size, (count,), generator=generator).tolist()
+        executor.logits([tokens], pool, [slot], "none")
 
 
 def _resident_bytes() -> int | None:
