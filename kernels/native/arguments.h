@@ -116,3 +116,5 @@ struct DecodeArguments {
 };
 
 }  // namespace unspool
+
+#include "family_arguments.h"

@@ -88,7 +88,11 @@ Structure = TypeVar("Structure", bound=Arguments)
 @functools.cache
 def _function(structure: type[Arguments]) -> "ctypes._NamedFuncPointer":
     """The function that takes this structure, once both sides agree about its size."""
-    function = getattr(library(), f"unspool_{structure.function}")
+    function = getattr(library(), f"unspool_{structure.function}", None)
+    if function is None:
+        raise NativeUnavailable(
+            f"the native library lacks {structure.function}: it is older than this package; reinstall"
+        )
     function.restype = ctypes.c_char_p
     function.argtypes = [ctypes.POINTER(structure), ctypes.c_int]
     size = getattr(library(), f"unspool_size_of_{structure.function}")

@@ -1,0 +1,60 @@
+"""Recurrent cells on CPUs: one fused loop over the tokens, the recurrent matrix read where it is."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from unspool_kernels.native.library import Arguments, address, call
+from unspool_kernels.native.operands import (
+    SequencesArgument,
+    integers,
+    layout,
+    operand,
+    optional,
+    pointers,
+    sequences,
+)
+
+_CELLS = ("elman", "lstm", "gru", "slstm")
+
+
+class _RecurrentCell(Arguments):
+    function = "recurrent_cell"
+    _fields_ = [
+        ("sequences", SequencesArgument),
+        *pointers("x weight bias state h scratch"),
+        *integers("heads channels cell state_stride state_format workspace"),
+    ]
+
+
+class _Workspace(_RecurrentCell):
+    function = "recurrent_cell_workspace"
+
+
+def recurrent_cell(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    cell: Literal["elman", "lstm", "gru", "slstm"],
+    bias: Tensor | None = None,
+    state: Tensor,
+    slots: Tensor,
+    cu_seqlens: Tensor,
+) -> Tensor:
+    """As `ops.recurrent_cell`. A float16 sLSTM state scales c and n by the maximum as float16 has it."""
+    tokens, heads, _, channels = x.shape
+    inputs = {"x": operand(x), "weight": operand(weight), "bias": optional(bias)}
+    h = torch.empty(tokens, heads, channels)
+    fields = {
+        "sequences": sequences(slots, cu_seqlens),
+        **{name: address(tensor) for name, tensor in inputs.items()},
+        **{"state": address(state), "h": address(h)},
+        **{"heads": heads, "channels": channels, "cell": _CELLS.index(cell)},
+        **layout(state),
+    }
+    size = _Workspace(**fields)
+    call(size)
+    scratch = torch.empty(size.workspace)
+    call(_RecurrentCell(**fields, scratch=address(scratch)))
+    return h.to(x.dtype)
