@@ -23,8 +23,8 @@ class _RecurrentCell(Arguments):
     function = "recurrent_cell"
     _fields_ = [
         ("sequences", SequencesArgument),
-        *pointers("x weight bias state h scratch"),
-        *integers("heads channels cell state_stride state_format workspace"),
+        *pointers("x weight bias state h scratch packed"),
+        *integers("heads channels cell state_stride state_format scratch_floats packed_floats"),
     ]
 
 
@@ -55,6 +55,6 @@ def recurrent_cell(
     }
     size = _Workspace(**fields)
     call(size)
-    scratch = torch.empty(size.workspace)
-    call(_RecurrentCell(**fields, scratch=address(scratch)))
+    scratch, packed = torch.empty(size.scratch_floats), torch.empty(size.packed_floats)
+    call(_RecurrentCell(**fields, scratch=address(scratch), packed=address(packed)))
     return h.to(x.dtype)

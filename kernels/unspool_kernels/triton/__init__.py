@@ -9,13 +9,13 @@ from importlib.util import find_spec
 
 import torch
 
-REMEDY = "pip install 'unspool[gpu]'"
+NOT_INSTALLED = "the triton backend needs triton: pip install 'unspool[gpu]'"
 
 
 def missing() -> str | None:
     """Why the kernels cannot run here, with the remedy; None when they can."""
     if find_spec("triton") is None:
-        return f"the triton backend needs triton: {REMEDY}"
+        return NOT_INSTALLED
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return "the triton backend needs a CUDA GPU, and torch finds none: use backend='native' or 'reference'"
