@@ -43,7 +43,8 @@ def unsupported(config: UnspoolConfig) -> str | None:
 
 
 def pack(model: UnspoolForCausalLM, format: Format, *, release: bool = False) -> NativeDecoder:
-    """Copies the model's weights into the packed format; the feature maps of the state stay float16 or wider.
+    """Copies the model's weights into the packed format; the feature maps of the state stay float16 or wider, and the
+    embedding and head int8 or wider.
 
     With `release` the model's own weights are given up one by one as they are packed, and it can only be asked for its
     configuration afterwards. Raises ValueError with the reason when `unsupported` has one.
@@ -56,11 +57,13 @@ def pack(model: UnspoolForCausalLM, format: Format, *, release: bool = False) ->
         layers.append((_layer(block, format), _mixer(config, block.self_attn.spec)))
         if release:
             block.to(torch.device("meta"))
-    head = PackedMatrix.pack(model.lm_head.weight, format)
+    # Four bits in the vocabulary's matrix cost more quality than in all the others together.
+    vocabulary_format: Format = "int8" if format == "int4" else format
+    head = PackedMatrix.pack(model.lm_head.weight, vocabulary_format)
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     weights = DecoderWeights(
         layers=layers,
-        embedding=head if tied else PackedMatrix.pack(model.model.embed_tokens.weight, format),
+        embedding=head if tied else PackedMatrix.pack(model.model.embed_tokens.weight, vocabulary_format),
         head=head,
         final_norm=_vector(model.model.norm.weight),
         frequencies=model.rotary.frequencies,
