@@ -17,7 +17,7 @@ bool runs_here(const char* name) {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512vnni");
 #endif
-  return !std::strcmp(name, "scalar") || !std::strcmp(name, "neon");
+  return !std::strcmp(name, "scalar");
 }
 
 // Best first.
@@ -28,9 +28,6 @@ const InstructionSet INSTRUCTION_SETS[] = {
 #endif
 #ifdef UNSPOOL_HAS_AVX2
     {"avx2", avx2_functions},
-#endif
-#ifdef UNSPOOL_HAS_NEON
-    {"neon", neon_functions},
 #endif
     {"scalar", scalar_functions},
 };

@@ -19,7 +19,6 @@ struct Functions {
 const Functions* scalar_functions();
 const Functions* avx2_functions();
 const Functions* avx512_functions();
-const Functions* neon_functions();
 
 // The one logarithm of all instruction sets.
 float logarithm(float x);
