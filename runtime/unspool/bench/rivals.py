@@ -76,7 +76,7 @@ class LlamaCpp:
             )
 
     def read(self, tokens: list[int]) -> None:
-        self._llama.reset()  # type: ignore[no-untyped-call]  # its authors left it bare
+        self._llama.reset()
         self._llama.eval(tokens)
 
     def step(self, token: int) -> None:
