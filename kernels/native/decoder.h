@@ -24,6 +24,8 @@ struct Arena {
 // Few tokens are normalised by every thread for itself, which costs less than meeting at a barrier.
 constexpr int64_t TOKENS_FOR_EACH_THREAD = 2;
 
+constexpr int64_t FETCHED_BYTES = 1 << 14;
+
 struct Workspace {
   float* hidden;       // [tokens, hidden]: the residual stream
   Rows shared;         // activations that one stage makes and the next one reads
@@ -79,13 +81,6 @@ inline Workspace workspace_at(const Model& m, uint8_t* memory, int64_t tokens, i
   return w;
 }
 
-// A view of rows as if they began at another token.
-UNSPOOL_INLINE Rows rows_from(const Rows& rows, int64_t token) {
-  const int64_t groups = rows.width / GROUP;
-  return {rows.values + token * rows.width, rows.bytes + token * rows.width, rows.scales + token * groups,
-          rows.sums + token * groups, rows.width};
-}
-
 class Decoder {
  public:
   Decoder(const DecodeArguments& a, Team& team, int thread)
@@ -96,9 +91,10 @@ class Decoder {
     locate_tokens();
     for (int64_t i = 0; i < m_.num_layers; ++i) {
       const Layer& l = m_.layers[i];
+      const Matrix& next = i + 1 < m_.num_layers ? m_.layers[i + 1].qkv : m_.head;
       select_window(l);
       mix(l);
-      feed_forward(l);
+      feed_forward(l, next);
     }
     predict();
   }
@@ -167,8 +163,18 @@ class Decoder {
     return w_.shared;
   }
 
+  // Fetches what this thread will read first of a matrix that is multiplied in `pieces`, so that memory works while
+  // threads wait for each other.
+  void fetch(const Matrix& matrix, int64_t pieces) const {
+    const int64_t block = team_.share(thread_, pieces) * (num_blocks(matrix) / pieces);
+    const uint8_t* data = block_data(matrix, block);
+    const int64_t bytes = least(FETCHED_BYTES, (num_blocks(matrix) - block) * block_bytes(matrix.columns, matrix.format));
+    for (int64_t i = 0; i < bytes; i += 64) prefetch(data + i);
+  }
+
   // hidden += x W^T + bias.
-  void add_product(const Matrix& matrix, const float* bias, const Rows& x) {
+  template <typename Idle>
+  void add_product(const Matrix& matrix, const float* bias, const Rows& x, Idle idle) {
     float* product = w_.scratch + thread_ * tokens_ * 2 * BLOCK_ROWS;
     team_.for_each(thread_, num_blocks(matrix), [&](int64_t block) {
       block_product(matrix, block, x, 0, tokens_, product, BLOCK_ROWS);
@@ -179,7 +185,7 @@ class Decoder {
           if (bias) y = add(y, load(bias + block * BLOCK_ROWS + i));
           store(at, add(load(at), y));
         }
-    });
+    }, idle);
   }
 
   void mix(const Layer& l) {
@@ -210,7 +216,7 @@ class Decoder {
       for (int64_t head = 0; head < m_.heads; ++head)
         merge_shards(m_, l, x, t, head, w_.position[t], row + head * m_.head_dim);
     });
-    add_product(l.out, l.out_bias, mixed);
+    add_product(l.out, l.out_bias, mixed, [&] { fetch(l.gate_up, num_blocks(l.gate_up) / 2); });
   }
 
   void sweep(const Layer& l, const MixerShape& s) {
@@ -222,7 +228,7 @@ class Decoder {
       const int64_t slot = a_.slots[sequence], position = a_.positions[sequence];
       if (m_.state_format == FLOAT16) sweep_part<Half>(l, s, part, near, slot, first, count, position);
       else sweep_part<float>(l, s, part, near, slot, first, count, position);
-    });
+    }, [&] { fetch(l.out, num_blocks(l.out)); });
   }
 
   template <typename T>
@@ -233,7 +239,7 @@ class Decoder {
     sweep_state<T>(m_, l, w_.mixer, (part - near) / states, (part - near) % states, slot, first, count, position);
   }
 
-  void feed_forward(const Layer& l) {
+  void feed_forward(const Layer& l, const Matrix& next) {
     const Rows normed = activate(tokens_, l.gate_up, [&](int64_t t, float* row) {
       rms_norm(w_.hidden + t * m_.hidden, l.post_norm, m_.hidden, (float)m_.norm_eps, row);
     });
@@ -252,8 +258,8 @@ class Decoder {
         }
         if (quantize) quantize_group(w_.inner, t, block);
       }
-    });
-    add_product(l.down, l.down_bias, w_.inner);
+    }, [&] { fetch(l.down, num_blocks(l.down)); });
+    add_product(l.down, l.down_bias, w_.inner, [&] { fetch(next, num_blocks(next)); });
   }
 
   F32 activation(F32 x) {

@@ -125,7 +125,9 @@ inline void features(const Model& m, const Layer& l, const Matrix& map, int64_t 
     case FEATURES_HEDGEHOG: {
       const int64_t blocks = ceil_div(channels, BLOCK_ROWS);
       float projected[MOST_CHANNELS + BLOCK_ROWS];
-      const Rows rows = {const_cast<float*>(x), nullptr, nullptr, nullptr, channels};
+      Rows rows{};
+      rows.values = const_cast<float*>(x);
+      rows.width = channels;
       for (int64_t b = 0; b < blocks; ++b)
         block_product(map, head * blocks + b, rows, 0, 1, projected + b * BLOCK_ROWS, 0);
       softmax(projected, 1.0f, channels, 1e-12f, y);
@@ -218,22 +220,64 @@ inline void prepare_key(const Model& m, const Layer& l, const MixerMemory& w, in
   }
 }
 
+// Scores of ROWS neighbouring rows (one or four), and fetches the values that will be weighed by them.
+template <typename T, int QUERIES, int ROWS>
+UNSPOOL_INLINE void score_rows(const float* const* q, const T* keys, const T* values, int64_t head_dim, float scale,
+                               float* const* scores) {
+  F32 acc[ROWS][QUERIES];
+  for (int r = 0; r < ROWS; ++r)
+    for (int g = 0; g < QUERIES; ++g) acc[r][g] = zero();
+  for (int64_t i = 0; i < head_dim; i += LANES) {
+    F32 key[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+      key[r] = load(keys + r * head_dim + i);
+      prefetch(values + r * head_dim + i);
+    }
+    for (int g = 0; g < QUERIES; ++g) {
+      const F32 query = load(q[g] + i);
+      for (int r = 0; r < ROWS; ++r) acc[r][g] = fma(key[r], query, acc[r][g]);
+    }
+  }
+  for (int g = 0; g < QUERIES; ++g) {
+    if constexpr (ROWS == 4) sum_four(acc[0][g], acc[1][g], acc[2][g], acc[3][g], scores[g]);
+    else scores[g][0] = sum(acc[0][g]);
+    for (int r = 0; r < ROWS; ++r) scores[g][r] *= scale;
+  }
+}
+
+// VECTORS vectors of channels of the values of all rows, weighed.
+template <typename T, int QUERIES, int VECTORS>
+UNSPOOL_INLINE void weigh_values(const float (*weights)[RING_ROWS + LANES], const T* values, int64_t count,
+                                 int64_t head_dim, int64_t channel, float* const* out) {
+  F32 acc[QUERIES][VECTORS];
+  for (int g = 0; g < QUERIES; ++g)
+    for (int i = 0; i < VECTORS; ++i) acc[g][i] = zero();
+  for (int64_t row = 0; row < count; ++row) {
+    F32 v[VECTORS];
+    for (int i = 0; i < VECTORS; ++i) v[i] = load(values + row * head_dim + channel + i * LANES);
+    for (int g = 0; g < QUERIES; ++g) {
+      const F32 weight = broadcast(weights[g][row]);
+      for (int i = 0; i < VECTORS; ++i) acc[g][i] = fma(v[i], weight, acc[g][i]);
+    }
+  }
+  for (int g = 0; g < QUERIES; ++g)
+    for (int i = 0; i < VECTORS; ++i) store(out[g] + channel + i * LANES, acc[g][i]);
+}
+
 // One query group's softmax over rows [0, count) of a ring piece.
 template <typename T, int QUERIES>
 inline void attend_rows(const float* const* q, const float* const* sink_q, const T* keys, const T* values,
                         int64_t sink_rows, int64_t count, int64_t head_dim, float* const* out) {
   float scores[MOST_QUERIES][RING_ROWS + LANES];
   const float scale = 1.0f / __builtin_sqrtf((float)head_dim);
-  for (int64_t row = 0; row < count; ++row) {
-    const T* k = keys + row * head_dim;
+  for (int64_t row = 0; row < count;) {
+    float* at[QUERIES];
+    for (int g = 0; g < QUERIES; ++g) at[g] = scores[g] + row;
     const float* const* query = row < sink_rows ? sink_q : q;
-    F32 acc[QUERIES];
-    for (int g = 0; g < QUERIES; ++g) acc[g] = zero();
-    for (int64_t i = 0; i < head_dim; i += LANES) {
-      const F32 part = load(k + i);
-      for (int g = 0; g < QUERIES; ++g) acc[g] = fma(part, load(query[g] + i), acc[g]);
-    }
-    for (int g = 0; g < QUERIES; ++g) scores[g][row] = sum(acc[g]) * scale;
+    const int64_t alike = row < sink_rows ? sink_rows : count;
+    const T *k = keys + row * head_dim, *v = values + row * head_dim;
+    if (row + 4 <= alike) score_rows<T, QUERIES, 4>(query, k, v, head_dim, scale, at), row += 4;
+    else score_rows<T, QUERIES, 1>(query, k, v, head_dim, scale, at), row += 1;
   }
   const int64_t padded = round_up(count, LANES);
   for (int g = 0; g < QUERIES; ++g) {
@@ -249,15 +293,11 @@ inline void attend_rows(const float* const* q, const float* const* sink_q, const
     out[g][head_dim] = sum(mass);
     out[g][head_dim + 1] = top;
   }
-  for (int64_t i = 0; i < head_dim; i += LANES) {
-    F32 acc[QUERIES];
-    for (int g = 0; g < QUERIES; ++g) acc[g] = zero();
-    for (int64_t row = 0; row < count; ++row) {
-      const F32 v = load(values + row * head_dim + i);
-      for (int g = 0; g < QUERIES; ++g) acc[g] = fma(v, broadcast(scores[g][row]), acc[g]);
-    }
-    for (int g = 0; g < QUERIES; ++g) store(out[g] + i, acc[g]);
-  }
+  int64_t channel = 0;
+  for (; channel + 4 * LANES <= head_dim; channel += 4 * LANES)
+    weigh_values<T, QUERIES, 4>(scores, values, count, head_dim, channel, out);
+  for (; channel < head_dim; channel += LANES)
+    weigh_values<T, QUERIES, 1>(scores, values, count, head_dim, channel, out);
 }
 
 // Stage 2, near: one sequence's tokens over one piece of one head's ring.

@@ -20,19 +20,20 @@ class Team {
 
   // Calls body(piece) for pieces 0 .. count - 1, spread over the team, and returns when all are done. Every thread of
   // the team must call it with the same count. Each takes its own contiguous share in order, then helps the others;
-  // which thread does a piece must not change its result.
-  template <typename Body>
-  void for_each(int thread, int64_t count, Body body) {
+  // which thread does a piece must not change its result. A thread that finds nothing left to do calls `idle` before it
+  // waits for the others.
+  template <typename Body, typename Idle>
+  void for_each(int thread, int64_t count, Body body, Idle idle) {
     if (size_ == 1) {
       for (int64_t piece = 0; piece < count; ++piece) body(piece);
-      return;
+      return idle();
     }
     // Two sets of tickets take turns. Nobody is left in the stage before this one, so its set can be reset here.
     const int turn = members_[thread].stage++ & 1;
     members_[thread].taken[turn ^ 1].store(0, std::memory_order_relaxed);
     for (int i = 0; i < size_; ++i) {
       const int owner = (thread + i) % size_;
-      const int64_t first = count * owner / size_, end = count * (owner + 1) / size_;
+      const int64_t first = share(owner, count), end = share(owner + 1, count);
       std::atomic<int64_t>& taken = members_[owner].taken[turn];
       while (first + taken.load(std::memory_order_relaxed) < end) {
         const int64_t piece = first + taken.fetch_add(1, std::memory_order_relaxed);
@@ -40,8 +41,17 @@ class Team {
         body(piece);
       }
     }
+    idle();
     barrier();
   }
+
+  template <typename Body>
+  void for_each(int thread, int64_t count, Body body) {
+    for_each(thread, count, body, [] {});
+  }
+
+  // The piece that a thread's own share begins with.
+  int64_t share(int thread, int64_t count) const { return count * thread / size_; }
 
  private:
   friend class Pool;

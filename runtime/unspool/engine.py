@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from unspool.executor import Executor, Logits
+from unspool.executor import Executor
 from unspool.requests import (
     MAX_LOGPROBS,
     EngineBusy,
@@ -31,6 +31,7 @@ from unspool.requests import (
     TokenLogprobs,
 )
 from unspool.sampling import Sampler, token_logprobs
+from unspool_kernels.native.decoder_program import Wanted
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +202,7 @@ class Engine:
         prompt = request.prompt[sequence.consumed : sequence.consumed + size]
         sequence.consumed += len(prompt)
         is_last = sequence.consumed == len(request.prompt)
-        want: Logits = "every" if scored else "last" if is_last else "none"
+        want: Wanted = "every" if scored else "last" if is_last else "none"
         logits = self._executor.logits([prompt], self._pool, [sequence.slot], want)
         if scored:
             self._score_prompt(sequence, sequence.consumed - len(prompt), logits)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,13 +18,13 @@ from unspool.errors import UserError
 from unspool.model import UnspoolForCausalLM
 from unspool.state import StatePool
 from unspool_kernels.native.decoder import NativeDecoder
-from unspool_kernels.native.library import NativeUnavailable, instruction_set, library
+from unspool_kernels.native.decoder_program import DecoderProgram, Wanted
+from unspool_kernels.native.library import NativeUnavailable, allocate, instruction_set, library
 from unspool_kernels.native.packed import Format
 
 logger = logging.getLogger(__name__)
 
 Quant = Literal["none", "bf16", "fp16", "int8", "int4"]
-Logits = Literal["none", "last", "every"]
 
 QUANT_FORMATS: dict[Quant, Format] = {"bf16": "bfloat16", "fp16": "float16", "int8": "int8", "int4": "int4"}
 DTYPE_FORMATS: dict[torch.dtype, Format] = {
@@ -59,7 +60,7 @@ class Executor(Protocol):
         ...
 
     def logits(
-        self, tokens: Sequence[Sequence[int]], pool: StatePool, slots: Sequence[int], want: Logits = "last"
+        self, tokens: Sequence[Sequence[int]], pool: StatePool, slots: Sequence[int], want: Wanted = "last"
     ) -> Tensor:
         """Consumes each sequence's tokens, advancing its slot, and returns logits [rows, vocabulary]: one row for each
         sequence's last token, or one for every token in order, or none. A row has the same bits alone and in any
@@ -79,7 +80,7 @@ class TorchExecutor:
 
     @torch.inference_mode()
     def logits(
-        self, tokens: Sequence[Sequence[int]], pool: StatePool, slots: Sequence[int], want: Logits = "last"
+        self, tokens: Sequence[Sequence[int]], pool: StatePool, slots: Sequence[int], want: Wanted = "last"
     ) -> Tensor:
         lengths = [len(sequence) for sequence in tokens]
         longest = max(lengths)
@@ -103,29 +104,34 @@ class NativeExecutor:
         self.config = config
         self.decoder = decoder
         self.state_dtype = state_dtype
+        self._programs: WeakKeyDictionary[StatePool, DecoderProgram] = WeakKeyDictionary()
 
     def new_pool(self, num_slots: int) -> StatePool:
-        return StatePool(self.config, num_slots, self.state_dtype, "cpu", far_dtype=self.state_dtype)
+        dtype = self.state_dtype
+        return StatePool(self.config, num_slots, dtype, "cpu", far_dtype=dtype, allocate=allocate)
 
     def logits(
-        self, tokens: Sequence[Sequence[int]], pool: StatePool, slots: Sequence[int], want: Logits = "last"
+        self, tokens: Sequence[Sequence[int]], pool: StatePool, slots: Sequence[int], want: Wanted = "last"
     ) -> Tensor:
         if max(map(len, tokens)) <= self.decoder.window:
             return self._run(tokens, pool, slots, want)
         rows = [self._run_long(sequence, pool, slot, want) for sequence, slot in zip(tokens, slots, strict=True)]
         return torch.cat(rows)
 
-    def _run_long(self, tokens: Sequence[int], pool: StatePool, slot: int, want: Logits) -> Tensor:
+    def _run_long(self, tokens: Sequence[int], pool: StatePool, slot: int, want: Wanted) -> Tensor:
         """One sequence of any length, in pieces that the window holds."""
         size = self.decoder.window
         pieces = [tokens[start : start + size] for start in range(0, len(tokens), size)]
-        early: Logits = "every" if want == "every" else "none"
+        early: Wanted = "every" if want == "every" else "none"
         rows = [self._run([piece], pool, [slot], early) for piece in pieces[:-1]]
         return torch.cat([*rows, self._run(pieces[-1:], pool, [slot], want)])
 
-    def _run(self, tokens: Sequence[Sequence[int]], pool: StatePool, slots: Sequence[int], want: Logits) -> Tensor:
+    def _run(self, tokens: Sequence[Sequence[int]], pool: StatePool, slots: Sequence[int], want: Wanted) -> Tensor:
         positions = [pool.positions[slot] for slot in slots]
-        logits = self.decoder.logits(tokens, pool.layers, slots, positions, want=want)
+        program = self._programs.get(pool)
+        if program is None:
+            program = self._programs[pool] = self.decoder.bind(pool.layers)
+        logits = program.logits(tokens, slots, positions, want=want)
         for slot, sequence in zip(slots, tokens, strict=True):
             pool.positions[slot] += len(sequence)
         return logits

@@ -9,7 +9,8 @@ from unspool.mixer import LinearizedAttention
 from unspool.mixer_spec import MixerSpec
 from unspool.model import UnspoolForCausalLM
 from unspool.state import feature_size
-from unspool_kernels.native.decoder import (
+from unspool_kernels.native.decoder import NativeDecoder
+from unspool_kernels.native.decoder_weights import (
     ACTIVATIONS,
     CHANNEL_MULTIPLE,
     MAX_CHANNELS,
@@ -18,7 +19,6 @@ from unspool_kernels.native.decoder import (
     FarWeights,
     LayerMixer,
     LayerWeights,
-    NativeDecoder,
 )
 from unspool_kernels.native.packed import BLOCK_ROWS, Format, PackedMatrix
 

@@ -1,8 +1,9 @@
 """Slots: what every layer carries from token to token, for a fixed number of sequences, in tensors that never grow."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -65,6 +66,26 @@ def kv_cache_bytes(config: UnspoolConfig, tokens: int, dtype: torch.dtype = torc
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize * tokens
 
 
+class _Arena:
+    """Hands out one piece of memory as tensors, each on a cache line of its own."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self._rest = memory
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        num_bytes = math.prod(shape) * dtype.itemsize
+        tensor, self._rest = self._rest[:num_bytes].view(dtype).view(shape), self._rest[_whole_lines(num_bytes) :]
+        return tensor
+
+
+def _arena_bytes(specs: Sequence[dict[str, TensorSpec]], num_slots: int) -> int:
+    return sum(_whole_lines(num_slots * tensor.num_bytes) for layer in specs for tensor in layer.values())
+
+
+def _whole_lines(num_bytes: int) -> int:
+    return -(-num_bytes // 64) * 64
+
+
 class SlotRows:
     """Reads and writes chosen slots of a pool's tensors; neighbouring slots are viewed in place, others copied."""
 
@@ -109,15 +130,17 @@ class StatePool:
         device: torch.device | str,
         *,
         far_dtype: torch.dtype | None = None,
+        allocate: Callable[[int], Tensor] | None = None,
     ) -> None:
+        """`allocate` gives zeroed uint8 memory of so many bytes; without it the tensors are PyTorch's own."""
         self.device = torch.device(device)
+        specs = [layer_state_specs(config, spec, dtype, far_dtype) for spec in config.mixer_specs()]
         with torch.inference_mode(False):  # so that a pool made in inference mode can be written to outside it
+            arena = _Arena(allocate(_arena_bytes(specs, num_slots))) if allocate is not None else None
+            zeros = arena.zeros if arena is not None else partial(torch.zeros, device=self.device)
             self.layers: tuple[LayerState, ...] = tuple(
-                {
-                    name: torch.zeros(num_slots, *shape, dtype=tensor_dtype, device=self.device)
-                    for name, (shape, tensor_dtype) in layer_state_specs(config, spec, dtype, far_dtype).items()
-                }
-                for spec in config.mixer_specs()
+                {name: zeros((num_slots, *shape), dtype=kind) for name, (shape, kind) in layer.items()}
+                for layer in specs
             )
         self.positions: list[int] = [0] * num_slots
         """Tokens that each slot has consumed."""

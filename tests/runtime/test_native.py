@@ -77,10 +77,11 @@ def read(
     decoder: NativeDecoder, pool: StatePool, tokens: list[int], sizes: list[int], threads: int, slot: int = 1
 ) -> Tensor:
     """Every token's logits, consumed in pieces of these sizes in turn."""
+    program = decoder.bind(pool.layers)
     rows, start = [], 0
     while start < len(tokens):
         piece = tokens[start : start + sizes[len(rows) % len(sizes)]]
-        rows.append(decoder.logits([piece], pool.layers, [slot], [start], want="every", threads=threads))
+        rows.append(program.logits([piece], [slot], [start], want="every", threads=threads))
         start += len(piece)
     return torch.cat(rows)
 
@@ -130,10 +131,11 @@ def test_narrow_weights_cost_what_their_format_costs(format: Format, bound: floa
 
 def test_sequences_in_one_call_do_not_know_each_other(tokens: list[int]) -> None:
     model = make_model(narrow("disjoint"))
-    decoder, apart, together = pack(model, "int4"), pool_for(model), pool_for(model)
+    decoder = pack(model, "int4")
+    apart, together = (decoder.bind(pool_for(model).layers) for _ in range(2))
     pieces, slots = [tokens[:24], tokens[24:25], tokens[25:40]], [2, 0, 1]
-    alone = [decoder.logits([piece], apart.layers, [slot], [0]) for piece, slot in zip(pieces, slots, strict=True)]
-    assert torch.equal(decoder.logits(pieces, together.layers, slots, [0, 0, 0]), torch.cat(alone))
+    alone = [apart.logits([piece], [slot], [0]) for piece, slot in zip(pieces, slots, strict=True)]
+    assert torch.equal(together.logits(pieces, slots, [0, 0, 0]), torch.cat(alone))
 
 
 def test_poison_in_other_slots_and_in_rows_not_yet_written_changes_nothing(tokens: list[int]) -> None:
@@ -189,8 +191,9 @@ def test_a_long_prompt_goes_in_pieces_that_the_window_holds(tokens: list[int]) -
 def test_a_call_that_cannot_be_is_refused_by_name(arguments: dict[str, Any], name: str) -> None:
     model = make_model(narrow("disjoint"))
     call = {"tokens": [[1]], "slots": [0], "positions": [0]} | arguments
+    program = pack(model, "float32").bind(pool_for(model).layers)
     with pytest.raises(ValueError, match=name):
-        pack(model, "float32").logits(call["tokens"], pool_for(model).layers, call["slots"], call["positions"])
+        program.logits(call["tokens"], call["slots"], call["positions"])
 
 
 def test_state_tensors_that_do_not_fit_are_refused_by_name() -> None:
@@ -200,7 +203,7 @@ def test_state_tensors_that_do_not_fit_are_refused_by_name() -> None:
         layers = [dict(layer) for layer in pool.layers]
         layers[1][name] = wrong
         with pytest.raises(ValueError, match=name):
-            decoder.logits([[1]], layers, [0], [0])
+            decoder.bind(layers)
 
 
 def test_the_executor_says_what_it_runs_on(caplog: pytest.LogCaptureFixture) -> None:

@@ -103,13 +103,17 @@ def _function(structure: type[Arguments]) -> "ctypes._NamedFuncPointer":
     return found
 
 
+def num_threads(wanted: int | None = None) -> int:
+    """The number wanted, or else PyTorch's, within what the library can have."""
+    return min(wanted or torch.get_num_threads(), MAX_THREADS)
+
+
 def call(arguments: Arguments, threads: int | None = None) -> None:
     """Runs the arguments' function on `threads` threads (default: PyTorch's number). Other Python threads go on.
 
     Raises NativeUnavailable, and ValueError with what the library says of the arguments.
     """
-    count = min(threads or torch.get_num_threads(), MAX_THREADS)
-    message: bytes | None = _function(type(arguments))(ctypes.byref(arguments), count)
+    message: bytes | None = _function(type(arguments))(ctypes.byref(arguments), num_threads(threads))
     if message is not None:
         raise ValueError(f"{arguments.function}: {message.decode()}")
 

@@ -112,6 +112,6 @@ class PackedMatrix:
         x = x.contiguous()
         tokens, width = x.shape[0], -(-self.columns // GROUP) * GROUP
         y = torch.empty(tokens, padded(self.rows))
-        workspace = torch.empty(tokens * (5 * width + 8 * width // GROUP) + 64, dtype=torch.uint8)
+        workspace = torch.empty(tokens * (6 * width + 12 * width // GROUP) + 64, dtype=torch.uint8)
         call(_Product(self.argument, address(x), address(y), tokens, y.shape[1], address(workspace)), threads)
         return y[:, : self.rows]
