@@ -5,6 +5,7 @@ not import triton; importing its modules does.
 """
 
 import os
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -16,6 +17,17 @@ def missing() -> str | None:
     """Why the kernels cannot run here, with the remedy; None when they can."""
     if find_spec("triton") is None:
         return NOT_INSTALLED
-    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return _why_not_interpreted()
+    if torch.cuda.is_available():
         return None
     return "the triton backend needs a CUDA GPU, and torch finds none: use backend='native' or 'reference'"
+
+
+def _why_not_interpreted() -> str | None:
+    """Before 3.7 Triton's interpreter relies on a conversion that NumPy 2.4 took away."""
+    triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
+    if triton >= (3, 7) or numpy < (2, 4):
+        return None
+    found = f"triton {version('triton')} cannot interpret kernels with numpy {version('numpy')}"
+    return f"{found}: pip install 'triton>=3.7', or unset TRITON_INTERPRET"
