@@ -11,6 +11,7 @@ from typing import NoReturn, get_args
 
 from tqdm import tqdm
 
+from unspool.executor import Quant
 from unspool.mixer_spec import PRESETS, FeatureMap, Gate, Join, StateHeads
 from unspool_conversion.convert import ConversionResult, Progress, convert, prepare
 from unspool_conversion.estimates import estimate_seconds
@@ -29,6 +30,12 @@ def add_convert(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument(
         "--dtype", choices=get_args(OutputDtype), default="auto", help="of the weights (default: source's)"
+    )
+    parser.add_argument(
+        "--quant",
+        choices=get_args(Quant),
+        default="none",
+        help="format of the weights on disk: bf16, fp16, or integers with a scale for every 32 (default: %(default)s)",
     )
     parser.add_argument(
         "--max-shard-size", type=_parse_size, default=2 * 10**9, metavar="SIZE", help="per weight file, like 2GB"
@@ -113,6 +120,7 @@ def _options(arguments: argparse.Namespace) -> ConvertOptions:
         window=arguments.window,
         sinks=arguments.sinks,
         dtype=arguments.dtype,
+        quant=arguments.quant,
         max_shard_bytes=arguments.max_shard_size,
         overwrite=arguments.overwrite,
         calibration=calibration,
@@ -170,7 +178,7 @@ def _account(plan: ConversionPlan, options: ConvertOptions) -> str:
         ("  new", f"{len(accounting['new']):,}"),
         ("parameters", f"{sizes['parameters']:,}"),
         ("  new", f"{sizes['new_parameters']:,}"),
-        ("weights", f"{sizes['weight_bytes']:,} bytes, {sizes['dtype']}"),
+        ("weights", f"{sizes['weight_bytes']:,} bytes, {sizes['dtype'] if plan.quant == 'none' else plan.quant}"),
         ("state per session", f"{sizes['state_bytes_per_session']:,} bytes at any length"),
         ("teacher's cache", f"{sizes['teacher_cache_bytes_per_token']:,} bytes per token"),
         ("exact up to", "any length" if plan.exact_tokens is None else f"{plan.exact_tokens:,} tokens"),

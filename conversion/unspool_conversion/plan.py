@@ -10,7 +10,9 @@ import torch
 
 from unspool.config import UnspoolConfig
 from unspool.errors import UserError
+from unspool.executor import Quant
 from unspool.model import UnspoolForCausalLM
+from unspool.quantization import WeightFormat, quantization_config, stored_parts
 from unspool.state import kv_cache_bytes, state_bytes
 from unspool_conversion.architectures import UNCHANGED, Naming, Transform, naming_of
 from unspool_conversion.options import ConvertOptions, OutputDtype
@@ -31,13 +33,17 @@ _SIZES = (
 
 
 class PlannedTensor(NamedTuple):
-    """A tensor of the converted model. `source` is the tensor it is made from; None marks a new parameter."""
+    """A tensor of the converted model. `source` is the tensor it is made from; None marks a new parameter.
+
+    `dtype` is that of its values, which a `format` rounds when they are written.
+    """
 
     name: str
     source: str | None
     transform: Transform
     shape: tuple[int, ...]
     dtype: torch.dtype
+    format: WeightFormat | None = None
 
     @property
     def num_elements(self) -> int:
@@ -45,7 +51,11 @@ class PlannedTensor(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        return self.num_elements * self.dtype.itemsize
+        """On disk."""
+        if self.format is None:
+            return self.num_elements * self.dtype.itemsize
+        parts = stored_parts(self.name, self.shape, self.format).values()
+        return sum(math.prod(part.shape) * part.dtype.itemsize for part in parts)
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,10 @@ class ConversionPlan:
     dtype: torch.dtype
     """The dtype that holds most of the weights, which `config.json` names."""
     exact_tokens: int | None
-    """Tokens up to which the converted model computes what the teacher computes; None: any number."""
+    """Tokens up to which the converted model computes what the teacher computes; None: any number. Rounded weights
+    compute it at none."""
+    quant: Quant
+    """The format of the weights on disk."""
     teacher_windows: tuple[int | None, ...]
     """Each layer's own sliding window in the teacher, where it has one."""
 
@@ -95,6 +108,7 @@ class ConversionPlan:
             "new_parameters": sum(tensor.num_elements for tensor in self.new),
             "weight_bytes": self.num_bytes,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "quant": self.quant,
             "state_bytes_per_session": state_bytes(self.config, self.dtype),
             "teacher_cache_bytes_per_token": kv_cache_bytes(self.config, 1, self.dtype),
         }
@@ -110,7 +124,8 @@ def plan_conversion(source: TensorSource, options: ConvertOptions) -> Conversion
     _check_layers(source.tensors, naming, teacher)
     config = _unspool_config(teacher, options)
     dropped = _dropped(source.tensors, naming, tied=config.tie_word_embeddings)
-    dtypes = _output_dtypes(source.tensors, options.dtype)
+    format = None if options.quant == "none" else options.quant
+    dtypes = _output_dtypes(source.tensors, "float32" if format else options.dtype)
     with torch.device("meta"):
         parameters = dict(UnspoolForCausalLM(config).named_parameters())
     _check_expected(source.tensors.keys() - dropped.keys(), naming, parameters.keys())
@@ -118,14 +133,23 @@ def plan_conversion(source: TensorSource, options: ConvertOptions) -> Conversion
     for name, parameter in parameters.items():
         mapped = naming.to_source(name)
         if mapped is None:
-            tensors.append(PlannedTensor(name, None, UNCHANGED, tuple(parameter.shape), torch.float32))
+            tensors.append(PlannedTensor(name, None, UNCHANGED, tuple(parameter.shape), torch.float32, format))
             continue
         _check_shape(source.tensors, mapped.name, tuple(parameter.shape), config)
         dtype = dtypes[mapped.name]
-        tensors.append(PlannedTensor(name, mapped.name, mapped.transform, tuple(parameter.shape), dtype))
+        tensors.append(PlannedTensor(name, mapped.name, mapped.transform, tuple(parameter.shape), dtype, format))
     config.dtype = _most_common(tensors)
-    exact_tokens = _exact_tokens(config, teacher)
-    return ConversionPlan(config, tuple(tensors), dropped, config.dtype, exact_tokens, tuple(teacher.windows))
+    if format is not None:
+        config.quantization_config = quantization_config(format)
+    return ConversionPlan(
+        config=config,
+        tensors=tuple(tensors),
+        dropped=dropped,
+        dtype=config.dtype,
+        exact_tokens=_exact_tokens(config, teacher) if format is None else 0,
+        quant=options.quant,
+        teacher_windows=tuple(teacher.windows),
+    )
 
 
 def _unspool_config(teacher: TeacherConfig, options: ConvertOptions) -> UnspoolConfig:

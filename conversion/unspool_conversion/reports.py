@@ -115,6 +115,7 @@ def _layers_section(linearize: dict[str, Any]) -> str:
 
 
 def _sizes_section(sizes: dict[str, Any]) -> str:
+    quant = sizes.get("quant", "none")
     return "## Sizes\n\n" + markdown_table(
         ["", ""],
         [
@@ -122,6 +123,7 @@ def _sizes_section(sizes: dict[str, Any]) -> str:
             ["of these added by the conversion", sizes["new_parameters"]],
             ["bytes of weights", sizes["weight_bytes"]],
             ["dtype", sizes["dtype"]],
+            *([["format of the weights on disk", quant]] if quant != "none" else []),
             ["bytes of state per session, at any length", sizes["state_bytes_per_session"]],
             ["bytes of the source model's key-value cache per token", sizes["teacher_cache_bytes_per_token"]],
         ],
@@ -145,15 +147,30 @@ def _measurements_section(verification: dict[str, Any] | None) -> str:
 
 def describe_verification(verification: dict[str, Any]) -> str:
     """The outcome of `unspool verify` in sentences and a table, as Markdown."""
-    exactness, chunking, table = verification["exactness"], verification["chunking"], verification["table"]
+    exactness = verification["exactness"]
+    if "rounding" in verification:
+        return _describe_rounding(verification["rounding"]) + _describe_splits(verification)
     near = (
         f"On {exactness['tokens']} tokens, which fit the near set, logits differ from the source model's by "
         f"{exactness['relative_difference']:.1e} of the largest{_greedy_text(exactness['same_greedy_tokens'])}"
     )
     claim = "." if exactness["claimed"] else " (this layer does not claim to be the source's)."
+    return f"{near}{claim}{_describe_splits(verification)}"
+
+
+def _describe_rounding(rounding: dict[str, Any]) -> str:
+    return (
+        f"Its weights are rounded to {rounding['format']}, so it does not claim to be the source model: on "
+        f"{rounding['tokens']} tokens, which fit the near set, its predictions diverge from the source model's by "
+        f"{rounding['divergence']:.2g} nats a token (Kullback-Leibler divergence, computed in float32)."
+    )
+
+
+def _describe_splits(verification: dict[str, Any]) -> str:
+    chunking, table = verification["chunking"], verification["table"]
     split = max(chunking["by_steps"], chunking["by_uneven_chunks"])
     return (
-        f"{near}{claim} Reading {chunking['tokens']} tokens at once, one by one or in uneven chunks gives logits "
+        f" Reading {chunking['tokens']} tokens at once, one by one or in uneven chunks gives logits "
         f"within {split:.1e}.\n\n{verification['sequences']} texts of {verification['length']} tokens from "
         f"{verification['text']}:\n\n{markdown_table(table['columns'], table['rows'])}"
     )

@@ -41,7 +41,7 @@ def check_destination(destination: Path, num_bytes: int, *, overwrite: bool) -> 
     if free < needed:
         raise UserError(
             f"the converted model needs {needed} bytes and {parent} has {free} bytes free; make room, "
-            "choose another destination, or a smaller --dtype"
+            "choose another destination, or a smaller --dtype or --quant"
         )
 
 

@@ -62,6 +62,15 @@ def check_exactness(model: UnspoolForCausalLM, teacher: PreTrainedModel, tokens:
 
 
 @torch.inference_mode()
+def measure_divergence(model: UnspoolForCausalLM, teacher: PreTrainedModel, tokens: Tensor) -> float:
+    """KL divergence in nats a token of the converted model's predictions from the teacher's, on tokens [T]."""
+    logits = (each(tokens[None], use_cache=False).logits[0].split(_HEAD_BLOCK) for each in (model, teacher))
+    # Rounding may make the sum of equal predictions slightly negative.
+    total = sum(float(_divergence(actual, expected)) for actual, expected in zip(*logits, strict=True))
+    return max(total / tokens.shape[0], 0.0)
+
+
+@torch.inference_mode()
 def check_chunking(model: UnspoolForCausalLM, tokens: Tensor) -> Chunking:
     """Compares one prefill of tokens [T] with single steps and with uneven chunks."""
     whole = _run_in_chunks(model, tokens, [tokens.shape[0]])
@@ -147,6 +156,12 @@ def position_ranges(length: int) -> Iterator[tuple[int, int]]:
 
 def _negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _divergence(actual: Tensor, expected: Tensor) -> Tensor:
+    """KL divergence in nats of logits [T, V] from the expected ones, summed over T."""
+    actual, expected = (logits.double().log_softmax(-1) for logits in (actual, expected))
+    return F.kl_div(actual, expected, reduction="sum", log_target=True)
 
 
 def _relative_difference(actual: Tensor, expected: Tensor) -> float:

@@ -165,11 +165,24 @@ class Decoder {
 
   // Fetches what this thread will read first of a matrix that is multiplied in `pieces`, so that memory works while
   // threads wait for each other.
-  void fetch(const Matrix& matrix, int64_t pieces) const {
+  void fetch(const Matrix& matrix, int64_t pieces) {
     const int64_t block = team_.share(thread_, pieces) * (num_blocks(matrix) / pieces);
-    const uint8_t* data = block_data(matrix, block);
-    const int64_t bytes = least(FETCHED_BYTES, (num_blocks(matrix) - block) * block_bytes(matrix.columns, matrix.format));
+    const int64_t rest = (num_blocks(matrix) - block) * block_bytes(matrix.columns, matrix.format);
+    fetch(block_data(matrix, block), least(FETCHED_BYTES, rest));
+  }
+  void fetch(const uint8_t* data, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) prefetch(data + i);
+  }
+
+  // Likewise the maps that make the features of this thread's share of the heads.
+  void fetch_maps(const Layer& l) {
+    const int64_t heads = m_.heads + m_.kv_heads;
+    if (tokens_ > TOKENS_FOR_EACH_THREAD || l.feature_map != FEATURES_HEDGEHOG) return;
+    for (int64_t i = team_.share(thread_, heads); i < team_.share(thread_ + 1, heads); ++i) {
+      const Matrix& map = i < m_.heads ? l.query_map : l.key_map;
+      const int64_t head = i < m_.heads ? i : i - m_.heads, of = i < m_.heads ? m_.heads : m_.kv_heads;
+      fetch(block_data(map, num_blocks(map) / of * head), num_blocks(map) / of * block_bytes(map.columns, map.format));
+    }
   }
 
   // hidden += x W^T + bias.
@@ -203,7 +216,7 @@ class Decoder {
             float* at = y + t * x.qkv_stride + i;
             store(at, add(load(at), load(l.qkv_bias + block * BLOCK_ROWS + i)));
           }
-    });
+    }, [&] { fetch_maps(l); });
     const int64_t heads = m_.heads + m_.kv_heads;
     team_.for_each(thread_, tokens_ * heads, [&](int64_t piece) {
       const int64_t t = piece / heads, head = piece % heads, slot = a_.slots[w_.sequence[t]];

@@ -107,9 +107,10 @@ struct RecurrentCellArguments {
   void* state;          // [heads, states, channels] in a slot
   float* h;             // [tokens, heads, channels]
   float* scratch;       // workspace
+  float* packed;        // workspace
   int64_t heads, channels, cell;
   int64_t state_stride, state_format;
-  int64_t workspace;    // set by recurrent_cell_workspace: floats that `scratch` must have
+  int64_t scratch_floats, packed_floats;  // set by recurrent_cell_workspace: what these must have
 };
 
 struct ShortConvArguments {

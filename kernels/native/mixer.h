@@ -10,6 +10,7 @@ namespace UNSPOOL_ISA {
 
 constexpr int RING_ROWS = 160;  // a ring of more rows is swept in pieces, which are merged as shards of one softmax
 constexpr int STATE_ROWS = 40;  // and a state of more value rows likewise, with nothing to merge
+constexpr int FETCHED_ROWS = 8; // of a state, ahead of those that are updated
 constexpr int MOST_QUERIES = 4; // queries that share one pass over the rows
 
 // A ring's or state's rows in equal pieces of whole sixteens or fours.
@@ -245,16 +246,19 @@ UNSPOOL_INLINE void score_rows(const float* const* q, const T* keys, const T* va
   }
 }
 
-// VECTORS vectors of channels of the values of all rows, weighed.
+// VECTORS vectors of channels of the values of all rows, weighed. Fetches as much of `next` meanwhile.
 template <typename T, int QUERIES, int VECTORS>
-UNSPOOL_INLINE void weigh_values(const float (*weights)[RING_ROWS + LANES], const T* values, int64_t count,
-                                 int64_t head_dim, int64_t channel, float* const* out) {
+UNSPOOL_INLINE void weigh_values(const float (*weights)[RING_ROWS + LANES], const T* values, const T* next,
+                                 int64_t count, int64_t head_dim, int64_t channel, float* const* out) {
   F32 acc[QUERIES][VECTORS];
   for (int g = 0; g < QUERIES; ++g)
     for (int i = 0; i < VECTORS; ++i) acc[g][i] = zero();
   for (int64_t row = 0; row < count; ++row) {
     F32 v[VECTORS];
-    for (int i = 0; i < VECTORS; ++i) v[i] = load(values + row * head_dim + channel + i * LANES);
+    for (int i = 0; i < VECTORS; ++i) {
+      v[i] = load(values + row * head_dim + channel + i * LANES);
+      prefetch(next + row * head_dim + channel + i * LANES);
+    }
     for (int g = 0; g < QUERIES; ++g) {
       const F32 weight = broadcast(weights[g][row]);
       for (int i = 0; i < VECTORS; ++i) acc[g][i] = fma(v[i], weight, acc[g][i]);
@@ -294,10 +298,11 @@ inline void attend_rows(const float* const* q, const float* const* sink_q, const
     out[g][head_dim + 1] = top;
   }
   int64_t channel = 0;
+  const T* next = keys + count * head_dim;  // the keys of the next piece
   for (; channel + 4 * LANES <= head_dim; channel += 4 * LANES)
-    weigh_values<T, QUERIES, 4>(scores, values, count, head_dim, channel, out);
+    weigh_values<T, QUERIES, 4>(scores, values, next, count, head_dim, channel, out);
   for (; channel < head_dim; channel += LANES)
-    weigh_values<T, QUERIES, 1>(scores, values, count, head_dim, channel, out);
+    weigh_values<T, QUERIES, 1>(scores, values, next, count, head_dim, channel, out);
 }
 
 // Stage 2, near: one sequence's tokens over one piece of one head's ring.
@@ -354,6 +359,7 @@ UNSPOOL_INLINE void update_rows(T* state, const float* v, const float* k, const 
     F32 part[ROWS];
     for (int r = 0; r < ROWS; ++r) {
       T* at = state + r * features + i;
+      prefetch(at + FETCHED_ROWS * features);
       part[r] = fma(value[r], key, mul(load(at), keep));
       store(at, part[r]);
     }

@@ -2,24 +2,12 @@
 // of a few sequences, whose matrix rows are read once for all of them at every step.
 #pragma once
 
-#include "packed_tokens.h"
+#include "recurrent_matrix.h"
 
 namespace UNSPOOL_ISA {
 
-constexpr int MOST_SEQUENCES = 8;          // in one piece
-constexpr int64_t MATRIX_BLOCK = 1 << 12;  // numbers of the matrix that stay in L1 while sequences take turns
-
-constexpr int CELL_GATES[] = {1, 4, 3, 4};   // by cell
+constexpr int MOST_SEQUENCES = 8;  // in one piece
 constexpr int CELL_STATES[] = {1, 2, 1, 4};
-
-UNSPOOL_INLINE int64_t padded_channels(const RecurrentCellArguments& a) { return round_up(a.channels, LANES); }
-
-// One sequence of a piece: its states and pre-activations, padded with zeros to whole vectors.
-struct CellLane {
-  int64_t sequence, first, tokens;
-  float* states;       // [states, padded channels]; the first is h
-  float* activations;  // [gates, padded channels]: R h + bias
-};
 
 // log(sigmoid(x)) = min(x, 0) - log(1 + e) with e = exp(-|x|), and log(1 + e) = 2 artanh(e / (2 + e)).
 UNSPOOL_INLINE F32 log_sigmoid(F32 x) {
@@ -27,40 +15,6 @@ UNSPOOL_INLINE F32 log_sigmoid(F32 x) {
   F32 y = broadcast(1.0f / 17.0f);
   for (int odd = 15; odd >= 1; odd -= 2) y = fma(y, square, broadcast(1.0f / (float)odd));
   return sub(min(x, zero()), mul(add(s, s), y));
-}
-
-// ROWS rows of R h, whose sums begin with the bias.
-template <int ROWS>
-UNSPOOL_INLINE void multiply_rows(const float* weight, int64_t channels, const float* h, const float* bias, float* out) {
-  F32 acc[ROWS];
-  for (int r = 0; r < ROWS; ++r) acc[r] = zero();
-  for_lanes(channels, [&](int64_t i, int n) UNSPOOL_BODY {
-    const F32 part = load(h + i);
-    for (int r = 0; r < ROWS; ++r) acc[r] = fma(load_first(weight + r * channels + i, n), part, acc[r]);
-  });
-  sums<ROWS>(acc, out);
-  if (bias)
-    for (int r = 0; r < ROWS; ++r) out[r] += bias[r];
-}
-
-UNSPOOL_INLINE void multiply_range(const RecurrentCellArguments& a, int64_t head, int64_t gate, int64_t first,
-                                   int64_t end, const CellLane& lane) {
-  const int64_t d = a.channels, at = (head * CELL_GATES[a.cell] + gate) * d;
-  const float *weight = a.weight + at * d, *bias = at_offset(a.bias, at);
-  float* out = lane.activations + gate * padded_channels(a);
-  int64_t row = first;
-  for (; row + 4 <= end; row += 4)
-    multiply_rows<4>(weight + row * d, d, lane.states, at_offset(bias, row), out + row);
-  for (; row < end; ++row) multiply_rows<1>(weight + row * d, d, lane.states, at_offset(bias, row), out + row);
-}
-
-// The activations of all lanes.
-inline void multiply(const RecurrentCellArguments& a, int64_t head, const CellLane* lanes, int64_t count) {
-  const int64_t rows = most(round_up(MATRIX_BLOCK / a.channels, 4), 4);
-  for (int64_t gate = 0; gate < CELL_GATES[a.cell]; ++gate)
-    for (int64_t row = 0; row < a.channels; row += rows)
-      for (int64_t i = 0; i < count; ++i)
-        multiply_range(a, head, gate, row, least(row + rows, a.channels), lanes[i]);
 }
 
 // New states from x and r = R h + bias, sixteen channels of each gate or state.
@@ -180,7 +134,10 @@ inline const char* recurrent_cell(const RecurrentCellArguments* arguments, int t
   const int64_t together = most(1, least(MOST_SEQUENCES, sequences * a.heads / (2 * threads)));
   const int64_t groups = ceil_div(sequences, together);
   const int64_t work = num_tokens(a.sequences) * a.heads * CELL_GATES[a.cell] * a.channels * a.channels;
+  const int64_t vectors = output_vectors(a);
   run(team_size(work, threads), [&](Team& team, int thread) {
+    if (packs_matrix(a))
+      team.for_each(thread, a.heads * vectors, [&](int64_t piece) { pack_vector(a, piece / vectors, piece % vectors); });
     team.for_each(thread, a.heads * groups, [&](int64_t piece) {
       const int64_t first = piece % groups * together, end = least(first + together, sequences);
       float* scratch = a.scratch + thread * MOST_SEQUENCES * lane_floats(a);
@@ -192,7 +149,9 @@ inline const char* recurrent_cell(const RecurrentCellArguments* arguments, int t
 }
 
 inline const char* recurrent_cell_workspace(const RecurrentCellArguments* a, int threads) {
-  const_cast<RecurrentCellArguments*>(a)->workspace = threads * MOST_SEQUENCES * lane_floats(*a);
+  RecurrentCellArguments* out = const_cast<RecurrentCellArguments*>(a);
+  out->scratch_floats = threads * MOST_SEQUENCES * lane_floats(*a);
+  out->packed_floats = packed_floats(*a);
   return nullptr;
 }
 

@@ -16,7 +16,10 @@ constexpr bool ROWS_ARE_BLOCKED = true;  // four rows at once pay where vectors 
 // States that are larger than a core's cache are fetched this much ahead of the rows that are visited: a processor that
 // also waits for sums does not look so far ahead by itself.
 constexpr int64_t CACHED_BYTES = 1 << 20;
-constexpr int64_t FETCH_AHEAD = 8192;
+constexpr int64_t FETCH_AHEAD = 16384;
+// Narrow rows that an erase reads are kept in float32 until they change, so that they are converted once. So many keys
+// at most: the copies belong into L1.
+constexpr int64_t MOST_COPIED_KEYS = 256;
 
 // One token of one head, as its rows need it.
 struct RowToken {
@@ -106,26 +109,44 @@ UNSPOOL_INLINE RowToken row_token(const RowStateArguments& a, int64_t at) {
   return t;
 }
 
-template <typename T, int ROWS>
-UNSPOOL_INLINE void dot_rows(const T* state, int64_t keys, const float* x, float* out) {
+// ROWS dot products with x; with `copy` the rows are also left there.
+template <typename T, int ROWS, bool COPY = false>
+UNSPOOL_INLINE void dot_rows(const T* state, int64_t keys, const float* x, float* out, float* copy = nullptr) {
   F32 acc[ROWS];
   for (int r = 0; r < ROWS; ++r) acc[r] = zero();
   for_lanes(keys, [&](int64_t i, int n) UNSPOOL_BODY {
     const F32 part = load_first(x + i, n);
-    for (int r = 0; r < ROWS; ++r) acc[r] = fma(load_first(state + r * keys + i, n), part, acc[r]);
+    for (int r = 0; r < ROWS; ++r) {
+      const F32 s = load_first(state + r * keys + i, n);
+      if constexpr (COPY) store_first(copy + r * keys + i, s, n);
+      acc[r] = fma(s, part, acc[r]);
+    }
   });
   sums<ROWS>(acc, out);
 }
 
-// Folds the token into ROWS rows, and with READ reads them with its first query: value is what enters, erased is s . p.
-template <typename T, int ROWS, int ERASE, bool KEY_GATE, bool READ>
-UNSPOOL_INLINE void fold_rows(T* state, int64_t keys, const RowToken& t, const float* value, const float* keep,
-                              const float* erased, float* out) {
+// What an erase has read of ROWS rows before they change, s . p, and with COPIES the rows themselves in float32.
+template <int ROWS, bool COPIES>
+struct RowsRead {
+  float erased[ROWS];
+  alignas(64) float copy[COPIES ? ROWS * MOST_COPIED_KEYS : 1];
+};
+
+template <typename T, int ROWS, int ERASE, bool COPIES>
+UNSPOOL_INLINE void read_rows(const T* state, int64_t keys, const RowToken& t, RowsRead<ROWS, COPIES>& out) {
+  if constexpr (ERASE != ROW_ERASE_NONE) dot_rows<T, ROWS, COPIES>(state, keys, t.p, out.erased, out.copy);
+}
+
+// Folds the token into ROWS rows, and with READ reads them with its first query: value is what enters, `rows`
+// what the state holds. The query meets the rows as they are before the state rounds them.
+template <typename T, int ROWS, int ERASE, bool KEY_GATE, bool READ, typename S>
+UNSPOOL_INLINE void fold_rows(T* state, const S* rows, int64_t keys, const RowToken& t, const float* value,
+                              const float* keep, const float* erased, float* out) {
   F32 v[ROWS], kept[ROWS], e[ROWS], acc[ROWS];
   for (int r = 0; r < ROWS; ++r) {
     v[r] = broadcast(value[r]);
     kept[r] = broadcast(keep[r]);
-    e[r] = broadcast(erased[r]);
+    if constexpr (ERASE == ROW_ERASE_GENERAL) e[r] = broadcast(erased[r]);
     acc[r] = zero();
   }
   for_lanes(keys, [&](int64_t i, int n) UNSPOOL_BODY {
@@ -135,32 +156,35 @@ UNSPOOL_INLINE void fold_rows(T* state, int64_t keys, const RowToken& t, const f
     if constexpr (ERASE == ROW_ERASE_GENERAL) b = load_first(t.b + i, n);
     if constexpr (READ) q = load_first(t.q + i, n);
     for (int r = 0; r < ROWS; ++r) {
-      T* at = state + r * keys + i;
-      F32 s = load_first(at, n);
+      F32 s = load_first(rows + r * keys + i, n);
       if constexpr (KEY_GATE) s = mul(s, decay);
       else s = mul(s, kept[r]);
       if constexpr (ERASE == ROW_ERASE_GENERAL) s = fma(e[r], b, s);
       s = fma(v[r], k, s);
-      store_first(at, s, n);
-      if constexpr (READ) acc[r] = fma(stored(at, s), q, acc[r]);
+      store_first(state + r * keys + i, s, n);
+      if constexpr (READ) acc[r] = fma(s, q, acc[r]);
     }
   });
   if constexpr (READ) sums<ROWS>(acc, out);
 }
 
 // One token and ROWS rows from `row` on; `state` is where these begin and `o` the output of the first of them.
-template <typename T, int ROWS, int ERASE, bool KEY_GATE>
-UNSPOOL_INLINE void visit_rows(const RowStateArguments& a, const RowToken& t, T* state, int64_t row, float* o) {
-  float v[ROWS], value[ROWS], keep[ROWS], erased[ROWS] = {};
-  if constexpr (ERASE != ROW_ERASE_NONE) dot_rows<T, ROWS>(state, a.keys, t.p, erased);
+template <typename T, int ROWS, int ERASE, bool KEY_GATE, bool COPIES>
+UNSPOOL_INLINE void change_rows(const RowStateArguments& a, const RowToken& t, const RowsRead<ROWS, COPIES>& read,
+                                T* state, int64_t row, float* o) {
+  float v[ROWS], value[ROWS], keep[ROWS];
   for (int r = 0; r < ROWS; ++r) {
     v[r] = row + r < a.values ? t.v[row + r] : 1.0f;
     keep[r] = a.gate == ROW_GATE_VALUE ? t.decay[row + r] : t.keep;
     value[r] = v[r] * t.enter;
-    if constexpr (ERASE == ROW_ERASE_PARALLEL) value[r] = t.strength * (v[r] - t.read_scale * erased[r]);
+    if constexpr (ERASE == ROW_ERASE_PARALLEL) value[r] = t.strength * (v[r] - t.read_scale * read.erased[r]);
   }
+  const auto rows = [&]() UNSPOOL_BODY {
+    if constexpr (COPIES) return (const float*)read.copy;
+    else return (const T*)state;
+  }();
   if (!a.read_before) {
-    fold_rows<T, ROWS, ERASE, KEY_GATE, true>(state, a.keys, t, value, keep, erased, o);
+    fold_rows<T, ROWS, ERASE, KEY_GATE, true>(state, rows, a.keys, t, value, keep, read.erased, o);
     for (int64_t g = 1; g < a.queries; ++g) dot_rows<T, ROWS>(state, a.keys, t.q + g * a.keys, o + g * a.rows);
     return;
   }
@@ -169,7 +193,7 @@ UNSPOOL_INLINE void visit_rows(const RowStateArguments& a, const RowToken& t, T*
     if (a.bonus)
       for (int r = 0; r < ROWS; ++r) o[g * a.rows + r] += t.bonus_weight[g] * v[r];
   }
-  fold_rows<T, ROWS, ERASE, KEY_GATE, false>(state, a.keys, t, value, keep, erased, o);
+  fold_rows<T, ROWS, ERASE, KEY_GATE, false>(state, rows, a.keys, t, value, keep, read.erased, o);
 }
 
 UNSPOOL_INLINE void fetch_ahead(const void* rows, int64_t bytes) {
@@ -182,22 +206,36 @@ struct RowPiece {
   bool fetches;
 };
 
+// One token and the rows [first, end), a multiple of ROWS. What an erase reads is read one step early, so
+// that the processor folds some rows while it waits for the sums of the next ones.
+template <typename T, int ROWS, int ERASE, bool KEY_GATE, bool COPIES>
+UNSPOOL_INLINE void visit_rows(const RowStateArguments& a, const RowToken& t, T* state, int64_t first, int64_t end,
+                               bool fetches, float* o) {
+  if (first == end) return;
+  RowsRead<ROWS, COPIES> read[2];
+  int turn = 0;
+  read_rows<T, ROWS, ERASE>(state + first * a.keys, a.keys, t, read[turn]);
+  for (int64_t row = first; row < end; row += ROWS, turn ^= 1) {
+    T* at = state + row * a.keys;
+    if (fetches) fetch_ahead(at, ROWS * a.keys * (int64_t)sizeof(T));
+    if (row + ROWS < end) read_rows<T, ROWS, ERASE>(at + ROWS * a.keys, a.keys, t, read[turn ^ 1]);
+    change_rows<T, ROWS, ERASE, KEY_GATE>(a, t, read[turn], at, row, o + row);
+  }
+}
+
 // Stage 2: takes a piece through all tokens of a sequence.
-template <typename T, int ROWS, int ERASE, bool KEY_GATE>
+template <typename T, int ROWS, int ERASE, bool KEY_GATE, bool COPIES>
 void sweep_rows(const RowStateArguments& a, const Span& span, const RowPiece& piece) {
   T* state = (T*)a.state + span.slot * a.state_stride + piece.head * a.rows * a.keys;
+  const int64_t blocked = piece.first_row + (piece.end_row - piece.first_row) / ROWS * ROWS;
   for (int64_t t = span.first; t < span.end; ++t) {
     const int64_t at = t * a.heads + piece.head;
     const RowToken token = row_token(a, at);
     const bool fetches = piece.fetches && t == span.first;
     float* o = a.o + at * a.queries * a.rows;
-    int64_t row = piece.first_row;
-    for (; row + ROWS <= piece.end_row; row += ROWS) {
-      if (fetches) fetch_ahead(state + row * a.keys, ROWS * a.keys * (int64_t)sizeof(T));
-      visit_rows<T, ROWS, ERASE, KEY_GATE>(a, token, state + row * a.keys, row, o + row);
-    }
+    visit_rows<T, ROWS, ERASE, KEY_GATE, COPIES>(a, token, state, piece.first_row, blocked, fetches, o);
     if constexpr (ROWS > 1)
-      for (; row < piece.end_row; ++row) visit_rows<T, 1, ERASE, KEY_GATE>(a, token, state + row * a.keys, row, o + row);
+      visit_rows<T, 1, ERASE, KEY_GATE, COPIES>(a, token, state, blocked, piece.end_row, fetches, o);
   }
 }
 
@@ -205,7 +243,10 @@ using RowSweep = void (*)(const RowStateArguments&, const Span&, const RowPiece&
 
 template <typename T, int ROWS, int ERASE>
 UNSPOOL_INLINE RowSweep choose_by_gate(const RowStateArguments& a) {
-  return a.gate == ROW_GATE_KEY ? sweep_rows<T, ROWS, ERASE, true> : sweep_rows<T, ROWS, ERASE, false>;
+  if constexpr (ERASE != ROW_ERASE_NONE && sizeof(T) < sizeof(float))
+    if (a.keys <= MOST_COPIED_KEYS)
+      return a.gate == ROW_GATE_KEY ? sweep_rows<T, ROWS, ERASE, true, true> : sweep_rows<T, ROWS, ERASE, false, true>;
+  return a.gate == ROW_GATE_KEY ? sweep_rows<T, ROWS, ERASE, true, false> : sweep_rows<T, ROWS, ERASE, false, false>;
 }
 template <typename T, int ROWS>
 UNSPOOL_INLINE RowSweep choose_by_erase(const RowStateArguments& a) {

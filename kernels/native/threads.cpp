@@ -69,9 +69,10 @@ void Team::begin(int size) {
 }
 
 void Team::barrier() {
-  if (size_ == 1) return;
+  const int size = size_;  // once arrived, the next run may begin and change it
+  if (size == 1) return;
   const uint32_t seen = generation_.load(std::memory_order_acquire);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
     arrived_.store(0, std::memory_order_relaxed);
     change(generation_, seen + 1, sleepers_, mutex_, changed_);
   } else {

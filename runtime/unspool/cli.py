@@ -24,6 +24,7 @@ SUMMARIES = {
     "chat": "talk to a model in the terminal",
     "serve": "answer the OpenAI HTTP API",
     "bench": "measure speed and memory as ratios of one run",
+    "doctor": "say what is installed, what is missing, and whether a model can be served",
 }
 
 FAILURE, USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 1, 2, 128 + 2, 128 + 13

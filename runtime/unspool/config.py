@@ -6,14 +6,16 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from unspool.mixer_spec import PRESETS, MixerSpec
+from unspool.quantization import weight_format
 
 
 @strict
 class UnspoolConfig(PreTrainedConfig):
     """Configuration of a converted model.
 
-    The `linearize` block is `{"preset": str, "default": {mixer fields}, "layers": {"3": {fields that differ}}}`.
-    Raises ValueError when a field has a value that no model can have.
+    The `linearize` block is `{"preset": str, "default": {mixer fields}, "layers": {"3": {fields that differ}}}`;
+    `quantization_config`, where there is one, says how the weights are stored. Raises ValueError when a field has a
+    value that no model can have.
     """
 
     model_type = "unspool"
@@ -56,6 +58,7 @@ class UnspoolConfig(PreTrainedConfig):
                 "hybrid_sliding" if spec.has_state else "sliding_attention" for spec in self.mixer_specs()
             ]
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]  # transformers leaves it bare
+        weight_format(self)
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_key_value_heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

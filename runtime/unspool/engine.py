@@ -31,7 +31,7 @@ from unspool.requests import (
     TokenLogprobs,
 )
 from unspool.sampling import Sampler, token_logprobs
-from unspool_kernels.native.decoder_program import Wanted
+from unspool_kernels.native.decoder_program import LogitRows
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ class Engine:
         prompt = request.prompt[sequence.consumed : sequence.consumed + size]
         sequence.consumed += len(prompt)
         is_last = sequence.consumed == len(request.prompt)
-        want: Wanted = "every" if scored else "last" if is_last else "none"
+        want: LogitRows = "every" if scored else "last" if is_last else "none"
         logits = self._executor.logits([prompt], self._pool, [sequence.slot], want)
         if scored:
             self._score_prompt(sequence, sequence.consumed - len(prompt), logits)

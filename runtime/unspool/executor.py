@@ -1,4 +1,4 @@
-"""What runs a model's tokens: plain PyTorch on any device, or the native kernels on the CPU.
+"""What runs a model's tokens: the native kernels on the CPU, Triton's on a GPU, or plain PyTorch on any device.
 
 A backend is chosen once, when a model is opened, and the choice is logged: nothing is swapped in silence.
 """
@@ -12,26 +12,24 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from unspool import native
+from unspool import gpu, native
 from unspool.config import UnspoolConfig
 from unspool.errors import UserError
+from unspool.gpu import GpuExecutor
 from unspool.model import UnspoolForCausalLM
+from unspool.quantization import FLOATS, PACKED_FORMATS
 from unspool.state import StatePool
+from unspool_kernels import triton
 from unspool_kernels.native.decoder import NativeDecoder
-from unspool_kernels.native.decoder_program import DecoderProgram, Wanted
+from unspool_kernels.native.decoder_program import DecoderProgram, LogitRows
 from unspool_kernels.native.library import NativeUnavailable, allocate, instruction_set, library
-from unspool_kernels.native.packed import Format
 
 logger = logging.getLogger(__name__)
 
 Quant = Literal["none", "bf16", "fp16", "int8", "int4"]
+Backend = Literal["native", "triton", "torch"]
 
-QUANT_FORMATS: dict[Quant, Format] = {"bf16": "bfloat16", "fp16": "float16", "int8": "int8", "int4": "int4"}
-DTYPE_FORMATS: dict[torch.dtype, Format] = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
+DTYPE_FORMATS = {dtype: format for format, dtype in FLOATS.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +41,11 @@ class ExecutorOptions:
         metadata={"help": "format of the weights in memory; none keeps the checkpoint's"},
     )
     state_dtype: Literal["float32", "float16"] = field(
-        default="float32", metadata={"help": "number format of the state with native kernels; float16 halves it"}
+        default="float32", metadata={"help": "number format of the state with kernels; float16 halves it"}
     )
-    backend: Literal["auto", "native", "torch"] = field(
-        default="auto", metadata={"help": "native kernels (CPU only), or plain PyTorch; auto takes native where it can"}
+    backend: Literal["auto", "native", "triton", "torch"] = field(
+        default="auto",
+        metadata={"help": "native kernels (CPU only), Triton's (CUDA only), or plain PyTorch; auto takes kernels"},
     )
 
 
@@ -60,11 +59,11 @@ class Executor(Protocol):
         ...
 
     def logits(
-        self, tokens: Sequence[Sequence[int]], pool: StatePool, slots: Sequence[int], want: Wanted = "last"
+        self, tokens: Sequence[Sequence[int]], pool: StatePool, slots: Sequence[int], want: LogitRows = "last"
     ) -> Tensor:
         """Consumes each sequence's tokens, advancing its slot, and returns logits [rows, vocabulary]: one row for each
-        sequence's last token, or one for every token in order, or none. A row has the same bits alone and in any
-        batch."""
+        sequence's last token, or one for every token in order, or none. The native kernels give a row the same bits
+        alone and in any batch."""
         ...
 
 
@@ -80,7 +79,7 @@ class TorchExecutor:
 
     @torch.inference_mode()
     def logits(
-        self, tokens: Sequence[Sequence[int]], pool: StatePool, slots: Sequence[int], want: Wanted = "last"
+        self, tokens: Sequence[Sequence[int]], pool: StatePool, slots: Sequence[int], want: LogitRows = "last"
     ) -> Tensor:
         lengths = [len(sequence) for sequence in tokens]
         longest = max(lengths)
@@ -111,22 +110,22 @@ class NativeExecutor:
         return StatePool(self.config, num_slots, dtype, "cpu", far_dtype=dtype, allocate=allocate)
 
     def logits(
-        self, tokens: Sequence[Sequence[int]], pool: StatePool, slots: Sequence[int], want: Wanted = "last"
+        self, tokens: Sequence[Sequence[int]], pool: StatePool, slots: Sequence[int], want: LogitRows = "last"
     ) -> Tensor:
         if max(map(len, tokens)) <= self.decoder.window:
             return self._run(tokens, pool, slots, want)
         rows = [self._run_long(sequence, pool, slot, want) for sequence, slot in zip(tokens, slots, strict=True)]
         return torch.cat(rows)
 
-    def _run_long(self, tokens: Sequence[int], pool: StatePool, slot: int, want: Wanted) -> Tensor:
+    def _run_long(self, tokens: Sequence[int], pool: StatePool, slot: int, want: LogitRows) -> Tensor:
         """One sequence of any length, in pieces that the window holds."""
         size = self.decoder.window
         pieces = [tokens[start : start + size] for start in range(0, len(tokens), size)]
-        early: Wanted = "every" if want == "every" else "none"
+        early: LogitRows = "every" if want == "every" else "none"
         rows = [self._run([piece], pool, [slot], early) for piece in pieces[:-1]]
         return torch.cat([*rows, self._run(pieces[-1:], pool, [slot], want)])
 
-    def _run(self, tokens: Sequence[Sequence[int]], pool: StatePool, slots: Sequence[int], want: Wanted) -> Tensor:
+    def _run(self, tokens: Sequence[Sequence[int]], pool: StatePool, slots: Sequence[int], want: LogitRows) -> Tensor:
         positions = [pool.positions[slot] for slot in slots]
         program = self._programs.get(pool)
         if program is None:
@@ -138,33 +137,59 @@ class NativeExecutor:
 
 
 def make_executor(model: UnspoolForCausalLM, options: ExecutorOptions | None = None) -> Executor:
-    """The executor that the options and the machine allow; the log says which, and why not the native one.
+    """The executor that the options and the machine allow; the log says which, and why not the one with kernels.
 
     It takes the model over: with native kernels nothing is left of its own weights, nor of a cast model's first dtype.
     Raises UserError when the options ask for what cannot be had here.
     """
     options = options or ExecutorOptions()
-    reason = _why_not_native(model)
-    if options.backend == "torch" or (reason is not None and options.backend == "auto"):
-        return _torch_executor(model, options, "backend is torch" if options.backend == "torch" else str(reason))
-    if reason is not None:
-        raise UserError(f"backend native: {reason}; use --backend torch")
-    format = QUANT_FORMATS[options.quant] if options.quant != "none" else DTYPE_FORMATS[model.dtype]
+    backend, reason = choose_backend(model, options)
+    if backend == "torch":
+        return _torch_executor(model, options, reason)
+    return _native_executor(model, options) if backend == "native" else _gpu_executor(model, options)
+
+
+def choose_backend(model: UnspoolForCausalLM, options: ExecutorOptions) -> tuple[Backend, str]:
+    """What `make_executor` will run the model on, and why on nothing faster. Raises UserError as that does."""
+    if options.backend == "torch":
+        return "torch", "backend is torch"
+    on_gpu = options.backend == "triton" or (options.backend == "auto" and model.device.type == "cuda")
+    backend: Backend = "triton" if on_gpu else "native"
+    reason = _why_not_triton(model) if on_gpu else _why_not_native(model)
+    if reason is None:
+        return backend, ""
+    if options.backend == "auto":
+        return "torch", reason
+    raise UserError(f"backend {options.backend}: {reason}; use --backend torch")
+
+
+def _native_executor(model: UnspoolForCausalLM, options: ExecutorOptions) -> NativeExecutor:
+    format = PACKED_FORMATS[options.quant] if options.quant != "none" else DTYPE_FORMATS[model.dtype]
     decoder = native.pack(model, format, release=True)
     logger.info("native kernels (%s), weights %s, state %s", instruction_set(), format, options.state_dtype)
     return NativeExecutor(model.config, decoder, getattr(torch, options.state_dtype))
 
 
+def _gpu_executor(model: UnspoolForCausalLM, options: ExecutorOptions) -> GpuExecutor:
+    model = _cast(model, options, "the Triton kernels read no packed weights")
+    logger.info("Triton kernels on %s, weights %s, state %s", model.device, model.dtype, options.state_dtype)
+    return GpuExecutor(model, getattr(torch, options.state_dtype))
+
+
 def _torch_executor(model: UnspoolForCausalLM, options: ExecutorOptions, reason: str) -> TorchExecutor:
+    if options.state_dtype != "float32":
+        raise UserError(f"state_dtype {options.state_dtype} needs the native or the Triton kernels: {reason}")
+    model = _cast(model, options, reason)
+    if options.backend != "torch" and model.device.type in ("cpu", "cuda"):
+        logger.warning("running on plain PyTorch, which is several times slower: %s", reason)
+    return TorchExecutor(model)
+
+
+def _cast(model: UnspoolForCausalLM, options: ExecutorOptions, reason: str) -> UnspoolForCausalLM:
+    """The model in a format that PyTorch computes in; `reason` says why no other one can be had."""
     if options.quant in ("int8", "int4"):
         raise UserError(f"quant {options.quant} needs the native kernels: {reason}; use --quant none, bf16 or fp16")
-    if options.state_dtype != "float32":
-        raise UserError(f"state_dtype {options.state_dtype} needs the native kernels: {reason}")
-    if options.backend != "torch" and model.device.type == "cpu":
-        logger.warning("running on plain PyTorch, which is several times slower: %s", reason)
-    if options.quant != "none":
-        model = model.to(getattr(torch, QUANT_FORMATS[options.quant]))
-    return TorchExecutor(model)
+    return model if options.quant == "none" else model.to(getattr(torch, PACKED_FORMATS[options.quant]))
 
 
 def _why_not_native(model: UnspoolForCausalLM) -> str | None:
@@ -177,3 +202,13 @@ def _why_not_native(model: UnspoolForCausalLM) -> str | None:
     except NativeUnavailable as error:
         return str(error)
     return native.unsupported(model.config)
+
+
+def _why_not_triton(model: UnspoolForCausalLM) -> str | None:
+    if reason := triton.missing():
+        return reason
+    if model.device.type != "cuda" and torch.cuda.is_available():
+        return f"the Triton kernels run on a CUDA GPU, and the model is on {model.device}"
+    if model.dtype not in DTYPE_FORMATS:
+        return f"the Triton kernels have no {model.dtype}"
+    return gpu.unsupported(model.config)

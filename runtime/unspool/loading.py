@@ -10,27 +10,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from unspool.config import UnspoolConfig
 from unspool.errors import UserError
 from unspool.model import UnspoolForCausalLM
+from unspool.quantization import WeightFormat, stored_parts, weight_format
 from unspool.requests import SamplingParams
 
 MODEL_SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 MAX_REASON_CHARACTERS = 300
 
+SAFETENSORS_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A converted model ready to run. `name` is its directory's name."""
+    """A converted model ready to run. `name` is its directory's name.
+
+    `stored_as` is the format of a quantised checkpoint, whose weights the model holds as floats.
+    """
 
     model: UnspoolForCausalLM
     tokenizer: PreTrainedTokenizerBase
     name: str
     path: Path
+    stored_as: WeightFormat | None = None
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -52,7 +66,8 @@ class LoadedModel:
 
 
 def load(path: Path | str, *, dtype: torch.dtype | None = None, device: str = "cpu") -> LoadedModel:
-    """Loads a directory that `unspool convert` wrote, in its own dtype unless another is given.
+    """Loads a directory that `unspool convert` wrote, in its own dtype unless another is given; quantised weights are
+    dequantised to it.
 
     Raises UserError when the device cannot be used, and when the directory is missing, is no converted checkpoint, has
     a damaged file or disagrees with its weights. Shows progress only if standard error is a terminal.
@@ -69,7 +84,7 @@ def load(path: Path | str, *, dtype: torch.dtype | None = None, device: str = "c
             model = model.eval().to(device)
         with _refusing(f"{path}: the tokenizer (tokenizer*.json, chat_template.jinja)", "convert the model again"):
             tokenizer = AutoTokenizer.from_pretrained(path)
-        loaded = LoadedModel(model, tokenizer, path.name, path)
+        loaded = LoadedModel(model, tokenizer, path.name, path, weight_format(config))
         _check_generation_config(loaded)
         return loaded
 
@@ -114,6 +129,8 @@ def _read_generation_config(path: Path) -> GenerationConfig | None:
 
 def _check_weights(path: Path, config: UnspoolConfig) -> None:
     """Compares the names and shapes in the weight files with the configuration, before memory is taken for either."""
+    if (format := weight_format(config)) is not None:
+        _check_quantized_weights(path, config, format)
     with _refusing(f"{path}: the weights (model*.safetensors) or config.json", "convert the model again"), _silence():
         loaded: Any = UnspoolForCausalLM.from_pretrained(
             path,
@@ -127,6 +144,32 @@ def _check_weights(path: Path, config: UnspoolConfig) -> None:
         # A mismatched key comes with its two shapes.
         if names := sorted(key if isinstance(key, str) else key[0] for key in loaded[1][problem]):
             raise UserError(f"{path}: {problem.replace('_', ' ')} in the weights, first {names[0]}; convert it again")
+
+
+def _check_quantized_weights(path: Path, config: UnspoolConfig, format: WeightFormat) -> None:
+    with _refusing(f"{path / 'config.json'}"), torch.device("meta"):
+        parameters = {name: tuple(p.shape) for name, p in UnspoolForCausalLM(config).named_parameters()}
+    asked = f"quantization_config.format {format} in {path / 'config.json'} asks for"
+    stored = _stored_tensors(path)
+    for parameter, shape in parameters.items():
+        for name, part in stored_parts(parameter, shape, format).items():
+            file, found = stored.get(name, (None, None))
+            if file is None:
+                file = stored[parameter][0] if parameter in stored else path / "model*.safetensors"
+                raise UserError(f"{file}: has no {name}, which {asked}; convert the model again")
+            if found != (wanted := (SAFETENSORS_NAMES[part.dtype], part.shape)):
+                raise UserError(f"{file}: {name} is {found}, but {wanted} is what {asked}; convert the model again")
+
+
+def _stored_tensors(path: Path) -> dict[str, tuple[Path, tuple[str, tuple[int, ...]]]]:
+    """The file of every tensor in the weight files, its dtype's name and its shape, from their headers."""
+    stored = {}
+    for file in sorted(path.glob("model*.safetensors")):
+        with _refusing(str(file), "convert the model again"), safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  this is no mapping
+                header = tensors.get_slice(name)
+                stored[name] = (file, (header.get_dtype(), tuple(header.get_shape())))
+    return stored
 
 
 def _check_generation_config(loaded: LoadedModel) -> None:

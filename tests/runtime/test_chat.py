@@ -1,6 +1,7 @@
 """`unspool chat` as a process: through pipes, and at a pseudo-terminal."""
 
 import io
+import json
 import os
 import pty
 import select
@@ -169,6 +170,17 @@ def test_input_that_cannot_be_read_is_a_user_error(
     assert "cannot read standard input: Bad file descriptor" in capsys.readouterr().err
 
 
+@pytest.fixture
+def endless_model(chat_model: Path, tmp_path: Path) -> Path:
+    """The same model without an end token."""
+    copy = tmp_path / "endless"
+    shutil.copytree(chat_model, copy)
+    for name in ("config.json", "generation_config.json"):
+        record = json.loads((copy / name).read_text("utf-8"))
+        (copy / name).write_text(json.dumps(record | {"eos_token_id": []}), "utf-8")
+    return copy
+
+
 def chat_command(model: Path, installed: Path) -> tuple[list[str], dict[str, str]]:
     """Arguments and environment of a process that chats, with answers that only an interrupt ends."""
     path = os.pathsep.join([str(installed), str(ROOT / "runtime"), str(ROOT / "kernels")])
@@ -177,8 +189,8 @@ def chat_command(model: Path, installed: Path) -> tuple[list[str], dict[str, str
     return arguments, {**os.environ, "PYTHONPATH": path, "TERM": "dumb"}
 
 
-def test_an_interrupt_ends_a_piped_conversation(chat_model: Path, installed: Path) -> None:
-    arguments, environment = chat_command(chat_model, installed)
+def test_an_interrupt_ends_a_piped_conversation(endless_model: Path, installed: Path) -> None:
+    arguments, environment = chat_command(endless_model, installed)
     pipe = subprocess.PIPE
     with subprocess.Popen(arguments, env=environment, stdin=pipe, stdout=pipe, stderr=pipe) as process:
         assert process.stdin is not None and process.stdout is not None
@@ -225,8 +237,8 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(chat_model: Path, installed: Path) -> Iterator[Terminal]:
-    opened = Terminal(*chat_command(chat_model, installed))
+def terminal(endless_model: Path, installed: Path) -> Iterator[Terminal]:
+    opened = Terminal(*chat_command(endless_model, installed))
     yield opened
     opened.close()
 

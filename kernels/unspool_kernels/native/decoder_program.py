@@ -21,7 +21,7 @@ from unspool_kernels.native.decoder_weights import (
 from unspool_kernels.native.library import Arguments, address, call, num_threads
 from unspool_kernels.native.packed import MatrixArgument, padded
 
-Wanted = Literal["none", "last", "every"]
+LogitRows = Literal["none", "last", "every"]
 """Logits of no token, of every sequence's last one, or of every token."""
 
 _MATRIX = MatrixArgument()
@@ -135,7 +135,7 @@ class DecoderProgram:
         slots: Sequence[int],
         positions: Sequence[int],
         *,
-        want: Wanted = "last",
+        want: LogitRows = "last",
         threads: int | None = None,
     ) -> Tensor:
         """Consumes each sequence's tokens, which begin at its position, and advances its slot of the state.

@@ -6,9 +6,10 @@ Knows no model class and no configuration: the caller describes the layers.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from unspool_kernels.native.packed import PackedMatrix
+from unspool_kernels.native.packed import PackedMatrix, padded
 
 JOINS = ("disjoint", "mixed", "window")
 GATES = ("scalar", "fixed", "none", "liger", "hgrn2")
@@ -101,14 +102,69 @@ class DecoderWeights:
         return min(mixer.window for _, mixer in self.layers)
 
     def check(self) -> None:
-        """Raises ValueError for sizes that the kernels have no code for."""
+        """Raises ValueError, naming the field, for sizes that the kernels have no code for and for weights that do not
+        fit together: the native side believes what it is given."""
         if self.head_dim % CHANNEL_MULTIPLE or not 0 < self.head_dim <= MAX_CHANNELS:
             raise ValueError(f"head_dim={self.head_dim} is not a multiple of {CHANNEL_MULTIPLE} up to {MAX_CHANNELS}")
-        attention = self.heads * self.head_dim
-        for name, width in (("hidden", self.embedding.columns), ("intermediate", self.intermediate)):
+        if self.kv_heads < 1 or self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
+        widths = {"hidden": self.embedding.columns, "intermediate": self.intermediate}
+        for name, width in {**widths, "heads x head_dim": self.heads * self.head_dim}.items():
             if width % WIDTH_MULTIPLE:
                 raise ValueError(f"{name}={width} is not a multiple of {WIDTH_MULTIPLE}")
-        if attention % WIDTH_MULTIPLE:
-            raise ValueError(f"heads x head_dim = {attention} is not a multiple of {WIDTH_MULTIPLE}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        if not self.layers:
+            raise ValueError("layers: there must be at least one")
+        _check_matrix("embedding", self.embedding, self.head.rows, self.embedding.columns)
+        _check_matrix("head", self.head, self.head.rows, self.embedding.columns)
+        _check_vector("final_norm", self.final_norm, self.embedding.columns)
+        if self.frequencies.dtype != torch.float64 or self.frequencies.shape != (self.head_dim // 2,):
+            raise ValueError(f"frequencies: must be float64 [{self.head_dim // 2}]")
+        for layer, mixer in self.layers:
+            self._check_layer(layer)
+            self._check_mixer(layer.far, mixer)
+
+    def _check_layer(self, layer: LayerWeights) -> None:
+        hidden, inner, attention = self.embedding.columns, self.intermediate, self.heads * self.head_dim
+        projected = attention + 2 * self.kv_heads * self.head_dim
+        _check_matrix("qkv", layer.qkv, projected, hidden)
+        _check_matrix("out", layer.out, hidden, attention)
+        _check_matrix("gate_up", layer.gate_up, 2 * inner, hidden)
+        _check_matrix("down", layer.down, hidden, inner)
+        lengths = {
+            "input_norm": hidden,
+            "post_norm": hidden,
+            "q_norm": self.head_dim,
+            "k_norm": self.head_dim,
+            "qkv_bias": padded(projected),
+            "out_bias": hidden,
+            "gate_up_bias": 2 * inner,
+            "down_bias": hidden,
+        }
+        for name, length in lengths.items():
+            _check_vector(name, getattr(layer, name), length)
+
+    def _check_mixer(self, far: FarWeights, mixer: LayerMixer) -> None:
+        if mixer.window < 1 or mixer.sinks < 0:
+            raise ValueError(f"window={mixer.window} must be at least 1 and sinks={mixer.sinks} not negative")
+        hedgehog = mixer.feature_map == "hedgehog"
+        if mixer.join != "window" and mixer.features != self.head_dim * (2 if hedgehog else 1):
+            raise ValueError(f"features={mixer.features} are not those of {mixer.feature_map}")
+        if mixer.join == "window" or not hedgehog:
+            return
+        key_heads = self.heads if mixer.state_per_query_head else self.kv_heads
+        for name, map, heads in (("query_map", far.query_map, self.heads), ("key_map", far.key_map, key_heads)):
+            if map is None or map.format not in ("float32", "float16", "bfloat16"):
+                raise ValueError(f"{name}: must be there, in a float format")
+            _check_matrix(name, map, heads * padded(self.head_dim), self.head_dim)
+
+
+def _check_matrix(name: str, matrix: PackedMatrix, rows: int, columns: int) -> None:
+    if (matrix.rows, matrix.columns) != (rows, columns):
+        raise ValueError(f"{name}: must be [{rows}, {columns}], not [{matrix.rows}, {matrix.columns}]")
+
+
+def _check_vector(name: str, vector: Tensor | None, length: int) -> None:
+    if vector is not None and (vector.dtype != torch.float32 or vector.shape != (length,)):
+        raise ValueError(f"{name}: must be float32 [{length}], not {vector.dtype} {list(vector.shape)}")

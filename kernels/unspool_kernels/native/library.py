@@ -104,8 +104,10 @@ def _function(structure: type[Arguments]) -> "ctypes._NamedFuncPointer":
 
 
 def num_threads(wanted: int | None = None) -> int:
-    """The number wanted, or else PyTorch's, within what the library can have."""
-    return min(wanted or torch.get_num_threads(), MAX_THREADS)
+    """The number wanted, or else PyTorch's, within what the library can have. Raises ValueError for less than 1."""
+    if wanted is not None and wanted < 1:
+        raise ValueError(f"threads: must be at least 1, not {wanted}")
+    return min(torch.get_num_threads() if wanted is None else wanted, MAX_THREADS)
 
 
 def call(arguments: Arguments, threads: int | None = None) -> None:

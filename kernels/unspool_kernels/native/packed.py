@@ -67,7 +67,8 @@ class PackedMatrix:
     """A weight [rows, columns] in the layout of arguments.h: blocks of 32 rows, each one stream over the columns.
 
     int8 is symmetric, with a float16 scale for each row's 32 neighbouring columns; int4 has a scale and a minimum.
-    Products with either round the other factor to 8 bits, with a scale for each token's 32 columns.
+    Products with either round the other factor, to two bytes beside int8 and to one beside int4, with a scale for each
+    token's 32 columns.
     """
 
     data: Tensor

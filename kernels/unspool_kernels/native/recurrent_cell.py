@@ -1,11 +1,11 @@
-"""Recurrent cells on CPUs: one fused loop over the tokens, the recurrent matrix read where it is."""
+"""Recurrent cells on CPUs: one fused loop over the tokens; many of them read a packed copy of the recurrent matrix."""
 
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from unspool_kernels.native.library import Arguments, address, call
+from unspool_kernels.native.library import Arguments, address, call, num_threads
 from unspool_kernels.native.operands import (
     SequencesArgument,
     integers,
@@ -53,8 +53,8 @@ def recurrent_cell(
         **{"heads": heads, "channels": channels, "cell": _CELLS.index(cell)},
         **layout(state),
     }
-    size = _Workspace(**fields)
-    call(size)
+    size, threads = _Workspace(**fields), num_threads()
+    call(size, threads)
     scratch, packed = torch.empty(size.scratch_floats), torch.empty(size.packed_floats)
-    call(_RecurrentCell(**fields, scratch=address(scratch), packed=address(packed)))
+    call(_RecurrentCell(**fields, scratch=address(scratch), packed=address(packed)), threads)
     return h.to(x.dtype)

@@ -1,12 +1,13 @@
 """The row kernel on CPUs: rows of a head's state stay in L1 while the tokens of a sequence pass by."""
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from unspool_kernels.contract import RowKernel
-from unspool_kernels.native.library import Arguments, address, call
+from unspool_kernels.native.library import Arguments, address, call, instruction_set
 from unspool_kernels.native.operands import (
     SequencesArgument,
     integers,
@@ -16,6 +17,7 @@ from unspool_kernels.native.operands import (
     pointers,
     sequences,
 )
+from unspool_kernels.tiles import CpuLimits, CpuRowKernel, Infeasible, propose
 
 _GATES = ("none", "constant", "scalar", "key", "value")
 _ERASES = ("none", "parallel", "general")
@@ -74,7 +76,7 @@ def row_state(
         "decayed_key": torch.empty_like(k, dtype=torch.float32) if _decays_keys(kernel) else None,
         "bonus_weight": torch.empty(tokens, heads, queries) if bonus is not None else None,
     }
-    tile = tile or choose_tile(state)
+    tile = tile or choose_tile(slots.shape[0], q, state, kernel)
     call(
         _RowState(
             sequences=sequences(slots, cu_seqlens),
@@ -96,8 +98,44 @@ def row_state(
     return o.to(q.dtype) if m is None else (o.to(q.dtype), m)
 
 
-def choose_tile(state: Tensor) -> RowTile:
-    return RowTile(4, 32)
+def choose_tile(num_sequences: int, q: Tensor, state: Tensor, kernel: RowKernel) -> RowTile:
+    """What the tile solver proposes for a call on this machine; a row too long for L1 goes alone."""
+    erase, machine = kernel.erase != "none", (torch.get_num_threads(), instruction_set())
+    return _proposed(num_sequences, tuple(q.shape[1:]), state.shape[2], state.element_size(), erase, machine)
+
+
+@functools.lru_cache(4096)
+def _proposed(
+    num_sequences: int, head_sizes: tuple[int, ...], rows: int, state_bytes: int, erase: bool, machine: tuple[int, str]
+) -> RowTile:
+    try:
+        tile = propose(row_problem(num_sequences, head_sizes, rows, state_bytes, erase, machine))
+    except Infeasible:
+        return RowTile(1, 1)
+    return RowTile(tile["row_block"], tile["value_rows"])
+
+
+def row_problem(
+    num_sequences: int, head_sizes: tuple[int, ...], rows: int, state_bytes: int, erase: bool, machine: tuple[int, str]
+) -> CpuRowKernel:
+    """The tile problem of a call: head_sizes (H, G, K) of its queries, rows R of its state, machine (threads,
+    instruction set)."""
+    heads, queries, keys = head_sizes
+    return CpuRowKernel(
+        slots=max(num_sequences, 1),
+        heads=heads,
+        key_features=keys,
+        value_channels=rows,
+        state_bytes=state_bytes,
+        queries=queries,
+        erase=erase,
+        limits=_limits(*machine),
+    )
+
+
+@functools.cache
+def _limits(threads: int, instructions: str) -> CpuLimits:
+    return CpuLimits.of_machine(threads=threads, instructions=instructions)
 
 
 def _decays_keys(kernel: RowKernel) -> bool:

@@ -14,6 +14,8 @@ VECTOR_LANES = 16
 """float32 lanes of the kernels' logical vector, on every instruction set."""
 FEW_KEY_FEATURES = 64
 """So short a row leaves the processor waiting for its sums: several rows at once hide that, from any cache."""
+WIDE_ELEMENT_BYTES = 4
+"""Narrower elements are converted both ways, which memory does not outlast."""
 TASKS_PER_THREAD = 4
 """Enough for threads that finish early to take over work."""
 MOST_X_ROWS = 8
@@ -66,8 +68,11 @@ class CpuRowKernel:
         all_bytes = self.slots * self.heads * channels * row_bytes
         # One row at once always works, if need be with registers spilled.
         one_row = equal(block, 1)
-        sums = VECTOR_LANES * 4 // limits.vector_bytes * (block * (self.queries + self.erase) + 1)
-        constraints = (
+        # Queries, and what an erase reads, pass one after the other: only the rows of a block share the registers.
+        sums = VECTOR_LANES * 4 // limits.vector_bytes * (block + 1)
+        few_features = at_most(self.key_features, FEW_KEY_FEATURES)
+        near = at_most(all_bytes, threads * limits.l2_bytes)
+        constraints: tuple[Constraint, ...] = (
             Constraint("rows in half of L1", at_most(rows * row_bytes, limits.l1d_bytes // 2)),
             _balanced(self.slots * self.heads * parts, threads),
             Constraint("tasks cover the head", equal(parts, ceil_div(channels, rows))),
@@ -75,13 +80,10 @@ class CpuRowKernel:
             Constraint("whole row blocks", multiple_of(rows, block)),
             Constraint("row block within the head", at_most(block, channels)),
             Constraint("vector registers", any_of(one_row, at_most(sums, limits.vector_registers))),
-            Constraint(
-                "row blocks near the core",
-                any_of(
-                    one_row, at_most(self.key_features, FEW_KEY_FEATURES), at_most(all_bytes, threads * limits.l2_bytes)
-                ),
-            ),
         )
+        if self.queries == 1 and not self.erase and self.state_bytes >= WIDE_ELEMENT_BYTES:
+            # So little work waits for memory, which likes few streams.
+            constraints += (Constraint("row blocks near the core", any_of(one_row, few_features, near)),)
         return Model((threads, block, parts, rows), constraints)
 
 

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 
 from unspool.bench.decode import add_decode
+from unspool.bench.kernels import add_kernels
 from unspool.bench.length import add_length
 
 
@@ -16,6 +17,11 @@ def add_bench(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
         ),
         "decode": add_decode(
             benchmarks.add_parser("decode", help="time per token against the bytes that memory must move for it")
+        ),
+        "kernels": add_kernels(
+            benchmarks.add_parser(
+                "kernels", help="a step of every kernel against the bytes that memory must move for it"
+            )
         ),
     }
     return lambda arguments: runs[arguments.benchmark](arguments)

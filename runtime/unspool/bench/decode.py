@@ -4,24 +4,24 @@ Everything is measured in one process. The bound is the bandwidth just before or
 """
 
 import argparse
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
 from unspool import native
 from unspool.bench.bandwidth import Bandwidth, BandwidthMeter
+from unspool.bench.report import Bar, Column, Report, add_report_flags, check_report_flags, write_report
 from unspool.bench.rivals import Rival, open_rival
 from unspool.errors import UserError
-from unspool.executor import DTYPE_FORMATS, QUANT_FORMATS, NativeExecutor, Quant
+from unspool.executor import DTYPE_FORMATS, NativeExecutor, Quant
 from unspool.loading import load
 from unspool.model import UnspoolForCausalLM
+from unspool.quantization import PACKED_FORMATS
 from unspool.state import StatePool
 from unspool_kernels.native.library import NativeUnavailable, instruction_set, library
 
@@ -50,12 +50,23 @@ class DecodeRow:
     rival_prefill_seconds: float | None = None
 
     @property
+    def bytes_moved(self) -> int:
+        return self.weight_bytes + self.state_bytes_read + 2 * self.state_bytes_updated
+
+    @property
     def share_of_bound(self) -> float:
         return self.bound / self.seconds
 
     @property
     def batch_gain(self) -> float:
         return BATCH * self.seconds / self.batch_seconds
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self) | {
+            "bytes_moved": self.bytes_moved,
+            "share_of_bound": self.share_of_bound,
+            "batch_gain": self.batch_gain,
+        }
 
 
 def add_decode(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
@@ -68,7 +79,7 @@ def add_decode(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace]
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--state-dtype", choices=("float32", "float16"), default="float32")
     parser.add_argument("--against", choices=RIVALS, help="another runtime, timed in turns with ours")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    add_report_flags(parser, plot=True)
     return run_decode
 
 
@@ -76,6 +87,7 @@ def run_decode(arguments: argparse.Namespace) -> int:
     """Raises UserError without the native kernels, and for models and counts that cannot be."""
     if arguments.rounds < 1 or (arguments.threads is not None and arguments.threads < 1):
         raise UserError("--rounds and --threads must be at least 1")
+    check_report_flags(arguments)
     try:
         library()
     except NativeUnavailable as error:
@@ -89,8 +101,7 @@ def run_decode(arguments: argparse.Namespace) -> int:
     rows: list[DecodeRow] = []
     for quant in arguments.quant:
         rows += measure_decode(model, quant, arguments, meter)
-    bandwidth = meter.measure()
-    sys.stdout.write(_json(rows, bandwidth) if arguments.json else _table(rows, bandwidth, arguments.against))
+    write_report(_report(rows, meter.measure(), arguments.against), arguments)
     return 0
 
 
@@ -98,9 +109,9 @@ def measure_decode(
     model: UnspoolForCausalLM, quant: Quant, arguments: argparse.Namespace, meter: BandwidthMeter
 ) -> list[DecodeRow]:
     """One row a context, of one format."""
-    format = DTYPE_FORMATS[model.dtype] if quant == "none" else QUANT_FORMATS[quant]
+    format = DTYPE_FORMATS[model.dtype] if quant == "none" else PACKED_FORMATS[quant]
     executor = NativeExecutor(model.config, native.pack(model, format), getattr(torch, arguments.state_dtype))
-    context = max(*arguments.contexts, PREFILL) + arguments.rounds + 64
+    context = max(*arguments.contexts, PREFILL) + arguments.rounds + -(-arguments.rounds // STRETCH) + 64
     rival = open_rival(arguments.against, model, quant, context) if arguments.against else None
     return [_measure(executor, quant, position, arguments.rounds, meter, rival) for position in arguments.contexts]
 
@@ -198,32 +209,33 @@ def _contexts(text: str) -> tuple[int, ...]:
     return values
 
 
-def _json(rows: Sequence[DecodeRow], bandwidth: Bandwidth) -> str:
-    record = {
+def _report(rows: Sequence[DecodeRow], bandwidth: Bandwidth, against: str | None) -> Report:
+    facts = {
         "threads": torch.get_num_threads(),
         "instruction_set": instruction_set(),
         "bandwidth": asdict(bandwidth),
-        "rows": [asdict(row) | {"share_of_bound": row.share_of_bound, "batch_gain": row.batch_gain} for row in rows],
     }
-    return json.dumps(record) + "\n"
+    heading = (
+        f"{facts['threads']} threads, {facts['instruction_set']}; memory reads {bandwidth.read / 1e9:.1f} GB/s, "
+        f"updates {bandwidth.update / 1e9:.1f} GB/s"
+    )
+    bars = [Bar(f"{row.quant}, position {row.context:,}", row.bytes_moved, row.bound, row.seconds) for row in rows]
+    return Report(_columns(against), [row.record() for row in rows], facts, heading=[heading], bars=bars)
 
 
-def _table(rows: Sequence[DecodeRow], bandwidth: Bandwidth, against: str | None) -> str:
-    lines = [
-        f"{torch.get_num_threads()} threads, {instruction_set()}; memory reads {bandwidth.read / 1e9:.1f} GB/s, "
-        f"updates {bandwidth.update / 1e9:.1f} GB/s",
-        f"{'quant':>6} {'context':>8} {'ms/token':>9} {'MB/token':>9} {'of bound':>9} {f'batch {BATCH}':>8} "
-        f"{'prefill/s':>10}" + (f" {f'vs {against}':>16} {'prefill':>8}" if against else ""),
+def _columns(against: str | None) -> list[Column]:
+    columns = [
+        Column("quant", 6, lambda row: row["quant"]),
+        Column("context", 8, lambda row: f"{row['context']:,}"),
+        Column("ms/token", 9, lambda row: f"{row['seconds'] * 1e3:.2f}"),
+        Column("MB/token", 9, lambda row: f"{row['bytes_moved'] / 1e6:.1f}"),
+        Column("of bound", 9, lambda row: f"{row['share_of_bound']:.2f}"),
+        Column(f"batch {BATCH}", 8, lambda row: f"{row['batch_gain']:.1f}x"),
+        Column("prefill/s", 10, lambda row: f"{PREFILL / row['prefill_seconds']:,.0f}"),
     ]
-    for row in rows:
-        moved = (row.weight_bytes + row.state_bytes_read + 2 * row.state_bytes_updated) / 1e6
-        line = (
-            f"{row.quant:>6} {row.context:>8,} {row.seconds * 1e3:>9.2f} {moved:>9.1f} {row.share_of_bound:>9.2f} "
-            f"{row.batch_gain:>7.1f}x {PREFILL / row.prefill_seconds:>10,.0f}"
-        )
-        if row.rival_seconds is not None and row.rival_prefill_seconds is not None:
-            line += (
-                f" {row.rival_seconds / row.seconds:>15.2f}x {row.rival_prefill_seconds / row.prefill_seconds:>7.2f}x"
-            )
-        lines.append(line)
-    return "\n".join(lines) + "\n"
+    if against:
+        columns += [
+            Column(f"vs {against}", 16, lambda row: f"{row['rival_seconds'] / row['seconds']:.2f}x"),
+            Column("prefill", 8, lambda row: f"{row['rival_prefill_seconds'] / row['prefill_seconds']:.2f}x"),
+        ]
+    return columns

@@ -1,9 +1,7 @@
 """`unspool bench length`: time per token and memory at several positions of a text."""
 
 import argparse
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import torch
 
+from unspool.bench.report import Column, Report, Row, add_report_flags, check_report_flags, write_report
 from unspool.errors import UserError
 from unspool.executor import Executor
 from unspool.flags import add_flags, from_flags
@@ -20,13 +19,27 @@ from unspool.state import StatePool, kv_cache_bytes
 PREFILL_CHUNK = 512
 
 
+def _resident(row: Row) -> str:
+    return "-" if row["resident_bytes"] is None else f"{row['resident_bytes'] / 1e6:.1f}"
+
+
+_COLUMNS = (
+    Column("position", 10, lambda row: f"{row['position']:,}"),
+    Column("ms/token", 9, lambda row: f"{row['seconds_per_token'] * 1e3:.2f}"),
+    Column("ratio", 6, lambda row: f"{row['ratio']:.2f}"),
+    Column("state MB", 9, lambda row: f"{row['state_bytes'] / 1e6:.2f}"),
+    Column("process MB", 11, _resident),
+    Column("KV cache MB", 12, lambda row: f"{row['kv_cache_bytes'] / 1e6:.2f}"),
+)
+
+
 def add_length(length: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
     length.add_argument("model", type=Path, help="directory that `unspool convert` wrote")
     length.add_argument(
         "--positions", type=_positions, default=(300, 30_000), help="comma-separated (default: 300,30000)"
     )
     length.add_argument("--rounds", type=int, default=50, help="tokens timed at each position (default: %(default)s)")
-    length.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    add_report_flags(length, plot=False)
     add_flags(length, LocalOptions)
     return run_length
 
@@ -35,11 +48,10 @@ def run_length(arguments: argparse.Namespace) -> int:
     """Raises UserError for a model that cannot be loaded and counts that make no sense."""
     if arguments.rounds < 1:
         raise UserError("--rounds must be at least 1")
+    check_report_flags(arguments)
     executor = open_executor(arguments.model, from_flags(arguments, LocalOptions))[1]
     rows = measure_length(executor, arguments.positions, arguments.rounds)
-    sys.stdout.write(
-        json.dumps({"threads": torch.get_num_threads(), "rows": rows}) + "\n" if arguments.json else _table(rows)
-    )
+    write_report(Report(_COLUMNS, rows, {"threads": torch.get_num_threads()}), arguments)
     return 0
 
 
@@ -99,14 +111,3 @@ def _positions(text: str) -> tuple[int, ...]:
     if not values or min(values) < 1:
         raise argparse.ArgumentTypeError("positions must be at least 1")
     return values
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [f"{'position':>10} {'ms/token':>9} {'ratio':>6} {'state MB':>9} {'process MB':>11} {'KV cache MB':>12}"]
-    for row in rows:
-        resident = "-" if row["resident_bytes"] is None else f"{row['resident_bytes'] / 1e6:.1f}"
-        lines.append(
-            f"{row['position']:>10,} {row['seconds_per_token'] * 1e3:>9.2f} {row['ratio']:>6.2f} "
-            f"{row['state_bytes'] / 1e6:>9.2f} {resident:>11} {row['kv_cache_bytes'] / 1e6:>12.2f}"
-        )
-    return "\n".join(lines) + "\n"
