@@ -1,13 +1,14 @@
 """`unspool bench decode`: time per token against the bytes that memory must move for it, and against other runtimes.
 
-Everything is measured in one process. The bound is the bandwidth just before or just after, whichever is better.
+Everything is measured in one process, in rounds: the bandwidth, a few tokens alone, the bandwidth, a few steps of a
+batch, a few tokens of the rival. A round's bound is the better bandwidth of the two.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,45 +29,52 @@ from unspool_kernels.native.library import NativeUnavailable, instruction_set, l
 RIVALS = ("llama.cpp", "transformers")
 BATCH = 8
 PREFILL = 512
-STRETCH = 8
-"""Tokens that a runtime decodes in its turn; the one before them is not timed."""
+STRETCH = 32
+"""Tokens that a runtime decodes in its turn; the first few are not timed."""
+WARMING = 4
 SETTLING_SECONDS = 0.2
+BATCHES, PREFILLS = 8, 3
+"""Steps of a batch in a round, and prompts that are read before the rounds."""
 
 
 @dataclass(frozen=True)
 class DecodeRow:
-    """One format at one position. Seconds are medians; `bound` is the least that the bytes can take."""
+    """One format at one position. Seconds are medians; ratios are medians of those of each round, whose parts are
+    measured one right after the other, so that they hold on a machine whose speed drifts. `bound` is the least that the
+    bytes can take."""
 
     quant: str
     context: int
-    seconds: float
     weight_bytes: int
     state_bytes_read: int
     state_bytes_updated: int
+    seconds: float
     bound: float
+    share_of_bound: float
     batch_seconds: float
+    batch_gain: float
     prefill_seconds: float
     rival_seconds: float | None = None
+    rival_ratio: float | None = None
     rival_prefill_seconds: float | None = None
+    rival_prefill_ratio: float | None = None
 
     @property
     def bytes_moved(self) -> int:
         return self.weight_bytes + self.state_bytes_read + 2 * self.state_bytes_updated
 
-    @property
-    def share_of_bound(self) -> float:
-        return self.bound / self.seconds
-
-    @property
-    def batch_gain(self) -> float:
-        return BATCH * self.seconds / self.batch_seconds
-
     def record(self) -> dict[str, Any]:
-        return asdict(self) | {
-            "bytes_moved": self.bytes_moved,
-            "share_of_bound": self.share_of_bound,
-            "batch_gain": self.batch_gain,
-        }
+        return asdict(self) | {"bytes_moved": self.bytes_moved}
+
+
+@dataclass(frozen=True)
+class _Round:
+    """One turn of everybody: seconds per token alone, per step of a batch, and per token of the rival."""
+
+    seconds: float
+    batch_seconds: float
+    bound: float
+    rival_seconds: float | None
 
 
 def add_decode(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
@@ -75,7 +83,7 @@ def add_decode(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace]
         "--quant", type=_quants, default=("none", "int8", "int4"), help="comma-separated formats (none,int8,int4)"
     )
     parser.add_argument("--contexts", type=_contexts, default=(64, 2048), help="comma-separated positions (64,2048)")
-    parser.add_argument("--rounds", type=int, default=40, help="tokens timed at each position (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=160, help="tokens timed at each position (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--state-dtype", choices=("float32", "float16"), default="float32")
     parser.add_argument("--against", choices=RIVALS, help="another runtime, timed in turns with ours")
@@ -111,48 +119,86 @@ def measure_decode(
     """One row a context, of one format."""
     format = DTYPE_FORMATS[model.dtype] if quant == "none" else PACKED_FORMATS[quant]
     executor = NativeExecutor(model.config, native.pack(model, format), getattr(torch, arguments.state_dtype))
-    context = max(*arguments.contexts, PREFILL) + arguments.rounds + -(-arguments.rounds // STRETCH) + 64
+    context = max(*arguments.contexts, PREFILL) + arguments.rounds + WARMING * -(-arguments.rounds // STRETCH) + 64
     rival = open_rival(arguments.against, model, quant, context) if arguments.against else None
     return [_measure(executor, quant, position, arguments.rounds, meter, rival) for position in arguments.contexts]
+
+
+class _Runner:
+    """One format's executor at one position, and the rival beside it."""
+
+    def __init__(self, executor: NativeExecutor, context: int, meter: BandwidthMeter, rival: Rival | None) -> None:
+        self._executor, self._meter, self._rival = executor, meter, rival
+        self._pool = executor.new_pool(BATCH)
+        self._prompt = _random_tokens(executor, max(context, PREFILL))
+        self.weights = executor.decoder.bytes_per_step
+        self.read, self.updated = _state_traffic(executor, self._pool, context)
+
+    def prefill(self) -> tuple[float, float | None]:
+        """Seconds for a prompt of PREFILL tokens: ours, and the rival's."""
+        tokens, rival = self._prompt[:PREFILL], self._rival
+        self._pool.clear(0)
+        time.sleep(SETTLING_SECONDS)
+        ours = _seconds(lambda: self._executor.logits([tokens], self._pool, [0]))
+        time.sleep(SETTLING_SECONDS)
+        return ours, _seconds(lambda: rival.read(tokens)) if rival else None
+
+    def rounds(self, context: int, tokens: Sequence[int]) -> list[_Round]:
+        """Decodes the tokens after `context` others, a stretch of them in each round."""
+        for slot in range(BATCH):
+            self._pool.clear(slot)
+            self._executor.logits([self._prompt[:context]], self._pool, [slot], "none")
+        if self._rival:
+            self._rival.read(self._prompt[:context])
+        rounds, before = [], self._meter.measure()
+        for start in range(0, len(tokens), STRETCH):
+            stretch = tokens[start : start + STRETCH]
+            seconds = _stretch(lambda token: self._executor.logits([[token]], self._pool, [0]), stretch)
+            after = self._meter.measure()
+            together = _stretch(
+                lambda token: self._executor.logits([[token]] * BATCH, self._pool, range(BATCH)), stretch[:BATCHES]
+            )
+            theirs = _stretch(self._rival.step, stretch) if self._rival else None
+            rounds.append(_Round(seconds, together, self._bound(before.better(after)), theirs))
+            before = self._meter.measure()
+        return rounds
+
+    def _bound(self, bandwidth: Bandwidth) -> float:
+        return (self.weights + self.read) / bandwidth.read + 2 * self.updated / bandwidth.update
 
 
 def _measure(
     executor: NativeExecutor, quant: str, context: int, rounds: int, meter: BandwidthMeter, rival: Rival | None
 ) -> DecodeRow:
-    pool = executor.new_pool(BATCH)
-    prompt = _random_tokens(executor, max(context, PREFILL))
-    prefill = _seconds(lambda: _read(executor, pool, prompt[:PREFILL]))
-    rival_prefill = _seconds(lambda: rival.read(prompt[:PREFILL])) if rival else None
-    for slot in range(BATCH):
-        pool.clear(slot)
-        executor.logits([prompt[:context]], pool, [slot], "none")
-    if rival:
-        rival.read(prompt[:context])
-    before, times, rival_times = meter.measure(), [], []
-    tokens = _random_tokens(executor, rounds)
-    for start in range(0, rounds, STRETCH):
-        stretch = tokens[start : start + STRETCH]
-        times += _stretch(lambda token: executor.logits([[token]], pool, [0]), stretch)
-        if rival:
-            rival_times += _stretch(rival.step, stretch)
-    slots = list(range(BATCH))
-    batch = [_seconds(lambda: executor.logits([[1]] * BATCH, pool, slots)) for _ in range(max(rounds // 4, 3))]
-    bandwidth = before.better(meter.measure())
-    read, updated = _state_traffic(executor, pool, context)
-    weights = executor.decoder.bytes_per_step
-    return DecodeRow(
+    runner = _Runner(executor, context, meter, rival)
+    prefills = [runner.prefill() for _ in range(PREFILLS)]
+    measured = runner.rounds(context, _random_tokens(executor, rounds))
+    row = DecodeRow(
         quant=quant,
         context=context,
-        seconds=statistics.median(times),
-        weight_bytes=weights,
-        state_bytes_read=read,
-        state_bytes_updated=updated,
-        bound=(weights + read) / bandwidth.read + 2 * updated / bandwidth.update,
-        batch_seconds=statistics.median(batch),
-        prefill_seconds=prefill,
-        rival_seconds=statistics.median(rival_times) if rival else None,
-        rival_prefill_seconds=rival_prefill,
+        weight_bytes=runner.weights,
+        state_bytes_read=runner.read,
+        state_bytes_updated=runner.updated,
+        seconds=_median(round.seconds for round in measured),
+        bound=_median(round.bound for round in measured),
+        share_of_bound=_median(round.bound / round.seconds for round in measured),
+        batch_seconds=_median(round.batch_seconds for round in measured),
+        batch_gain=_median(BATCH * round.seconds / round.batch_seconds for round in measured),
+        prefill_seconds=_median(ours for ours, _ in prefills),
     )
+    if rival is None:
+        return row
+    return replace(
+        row,
+        rival_seconds=_median(round.rival_seconds or 0 for round in measured),
+        rival_ratio=_median((round.rival_seconds or 0) / round.seconds for round in measured),
+        rival_prefill_seconds=_median(theirs or 0 for _, theirs in prefills),
+        rival_prefill_ratio=_median((theirs or 0) / ours for ours, theirs in prefills),
+    )
+
+
+def _median(values: Iterable[float]) -> float:
+    return statistics.median(values)
 
 
 def _state_traffic(executor: NativeExecutor, pool: StatePool, context: int) -> tuple[int, int]:
@@ -167,22 +213,18 @@ def _state_traffic(executor: NativeExecutor, pool: StatePool, context: int) -> t
     return read, updated
 
 
-def _read(executor: NativeExecutor, pool: StatePool, tokens: list[int]) -> None:
-    pool.clear(0)
-    executor.logits([tokens], pool, [0])
-
-
 def _random_tokens(executor: NativeExecutor, count: int) -> list[int]:
     generator = torch.Generator().manual_seed(0)
     tokens: list[int] = torch.randint(executor.config.vocab_size, (count,), generator=generator).tolist()
     return tokens
 
 
-def _stretch(step: Callable[[int], object], tokens: Sequence[int]) -> list[float]:
-    """Seconds of each token of one runtime's turn, once the threads of the other have gone to sleep."""
+def _stretch(step: Callable[[int], object], tokens: Sequence[int]) -> float:
+    """Median seconds of the tokens of one turn, once the threads of the one before have gone to sleep."""
     time.sleep(SETTLING_SECONDS)
-    step(tokens[0])
-    return [_seconds(lambda token=token: step(token)) for token in tokens]  # type: ignore[misc]
+    for token in tokens[:WARMING]:
+        step(token)
+    return _median(_seconds(lambda token=token: step(token)) for token in tokens)  # type: ignore[misc]
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -235,7 +277,7 @@ def _columns(against: str | None) -> list[Column]:
     ]
     if against:
         columns += [
-            Column(f"vs {against}", 16, lambda row: f"{row['rival_seconds'] / row['seconds']:.2f}x"),
-            Column("prefill", 8, lambda row: f"{row['rival_prefill_seconds'] / row['prefill_seconds']:.2f}x"),
+            Column(f"vs {against}", 16, lambda row: f"{row['rival_ratio']:.2f}x"),
+            Column("prefill", 8, lambda row: f"{row['rival_prefill_ratio']:.2f}x"),
         ]
     return columns
