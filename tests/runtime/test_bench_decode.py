@@ -1,4 +1,4 @@
-"""`unspool bench decode` on a tiny model: every row is whole, its ratios are of its own run, and bad flags are refused."""
+"""`unspool bench decode` on a tiny model: every row is whole, and flags that cannot be are refused."""
 
 import json
 import math
