@@ -4,6 +4,13 @@
 #include <cmath>
 #include <cstring>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 namespace unspool {
 namespace {
 
@@ -17,8 +24,25 @@ bool runs_here(const char* name) {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512vnni");
 #endif
+#if defined(__aarch64__)
+  if (!std::strcmp(name, "neon")) return true;
+#endif
   return !std::strcmp(name, "scalar");
 }
+
+#ifdef UNSPOOL_HAS_NEON
+bool has_dot_products() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(__APPLE__)
+  int found = 0;
+  size_t size = sizeof(found);
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &found, &size, nullptr, 0) == 0 && found;
+#else
+  return false;
+#endif
+}
+#endif
 
 // Best first.
 struct InstructionSet { const char* name; const Functions* (*functions)(); };
@@ -28,6 +52,9 @@ const InstructionSet INSTRUCTION_SETS[] = {
 #endif
 #ifdef UNSPOOL_HAS_AVX2
     {"avx2", avx2_functions},
+#endif
+#ifdef UNSPOOL_HAS_NEON
+    {"neon", has_dot_products() ? neon_dotprod_functions : neon_functions},
 #endif
     {"scalar", scalar_functions},
 };

@@ -19,6 +19,8 @@ struct Functions {
 const Functions* scalar_functions();
 const Functions* avx2_functions();
 const Functions* avx512_functions();
+const Functions* neon_functions();
+const Functions* neon_dotprod_functions();
 
 // The one logarithm of all instruction sets.
 float logarithm(float x);

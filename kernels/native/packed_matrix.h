@@ -13,6 +13,8 @@ using namespace unspool;
 constexpr int FLOAT_TILE = 12, INT8_TILE = 3, INT4_TILE = 6;
 #elif defined(UNSPOOL_AVX2)
 constexpr int FLOAT_TILE = 3, INT8_TILE = 1, INT4_TILE = 2;
+#elif defined(UNSPOOL_NEON)
+constexpr int FLOAT_TILE = 2, INT8_TILE = 1, INT4_TILE = 1;
 #else
 constexpr int FLOAT_TILE = 4, INT8_TILE = 2, INT4_TILE = 2;
 #endif

@@ -1,5 +1,5 @@
 // One logical vector of sixteen float32 lanes on every instruction set: AVX-512 holds it in one register, AVX2 in two,
-// plain C++ in an array. Sums always go over the same lanes in the same tree, products are always fused,
+// NEON in four, plain C++ in an array. Sums always go over the same lanes in the same tree, products are always fused,
 // and functions are the same polynomials, so every instruction set gives the same bits.
 //
 // This header is compiled once for each instruction set, inside the namespace that UNSPOOL_ISA names. Code here uses no
@@ -12,6 +12,8 @@
 
 #if defined(UNSPOOL_AVX512) || defined(UNSPOOL_AVX2)
 #include <immintrin.h>
+#elif defined(UNSPOOL_NEON)
+#include <arm_neon.h>
 #endif
 
 #define UNSPOOL_INLINE inline __attribute__((always_inline))
@@ -27,6 +29,8 @@ struct BFloat16 { uint16_t bits; };  // the upper half of a float32
 #include "simd_avx512.inc"
 #elif defined(UNSPOOL_AVX2)
 #include "simd_avx2.inc"
+#elif defined(UNSPOOL_NEON)
+#include "simd_neon.inc"
 #else
 #include "simd_scalar.inc"
 #endif

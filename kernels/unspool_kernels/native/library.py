@@ -62,7 +62,7 @@ def available() -> bool:
 
 
 def instruction_set() -> str:
-    """The instruction set in use: avx512, avx2 or scalar."""
+    """The instruction set in use: avx512, avx2, neon or scalar."""
     name: bytes = library().unspool_instruction_set()
     return name.decode()
 
