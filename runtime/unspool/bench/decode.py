@@ -261,7 +261,10 @@ def _report(rows: Sequence[DecodeRow], bandwidth: Bandwidth, against: str | None
         f"{facts['threads']} threads, {facts['instruction_set']}; memory reads {bandwidth.read / 1e9:.1f} GB/s, "
         f"updates {bandwidth.update / 1e9:.1f} GB/s"
     )
-    bars = [Bar(f"{row.quant}, position {row.context:,}", row.bytes_moved, row.bound, row.seconds) for row in rows]
+    bars = [
+        Bar(f"{row.quant}, position {row.context:,}", row.bytes_moved, row.share_of_bound * row.seconds, row.seconds)
+        for row in rows
+    ]
     return Report(_columns(against), [row.record() for row in rows], facts, heading=[heading], bars=bars)
 
 
