@@ -25,9 +25,9 @@ def missing() -> str | None:
 
 
 def _why_not_interpreted() -> str | None:
-    """Before 3.7 Triton's interpreter relies on a conversion that NumPy 2.4 took away."""
+    """Before 3.7 Triton's interpreter relies on a conversion that NumPy 2.4 took away; later ones want other masks."""
     triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
-    if triton >= (3, 7) or numpy < (2, 4):
+    if triton == (3, 7) or (triton < (3, 7) and numpy < (2, 4)):
         return None
     found = f"triton {version('triton')} cannot interpret kernels with numpy {version('numpy')}"
-    return f"{found}: pip install 'triton>=3.7', or unset TRITON_INTERPRET"
+    return f"{found}: pip install 'triton>=3.7,<3.8', or unset TRITON_INTERPRET"
