@@ -80,12 +80,16 @@ def gate_logit(half_life: float) -> float:
 
 def _hedgehog(x: Tensor, weight: Tensor | None) -> Tensor:
     assert weight is not None
-    projected = (x[..., None, :] @ weight).squeeze(-2)
+    return hedgehog_features((x[..., None, :] @ weight).squeeze(-2))
+
+
+def hedgehog_features(projected: Tensor) -> Tensor:
+    """[..., D] to [..., 2 D] (arXiv 2402.04347, equation 6), of what each head's map made of a query or key."""
     return torch.cat([projected.softmax(-1), (-projected).softmax(-1)], dim=-1).clamp_min(1e-12)
 
 
 FEATURE_MAPS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
-    "hedgehog": _hedgehog,  # arXiv 2402.04347, equation 6
+    "hedgehog": _hedgehog,
     "softmax": lambda x, _: x.softmax(-1),
     "elu": lambda x, _: F.elu(x) + 1.0,
     "identity": lambda x, _: x,

@@ -8,6 +8,7 @@ from unspool.decoder import MLP, Block
 from unspool.mixer import LinearizedAttention
 from unspool.mixer_spec import MixerSpec
 from unspool.model import UnspoolForCausalLM
+from unspool.quantization import map_format, vocabulary_format
 from unspool.state import feature_size
 from unspool_kernels.native.decoder import NativeDecoder
 from unspool_kernels.native.decoder_weights import (
@@ -57,13 +58,11 @@ def pack(model: UnspoolForCausalLM, format: Format, *, release: bool = False) ->
         layers.append((_layer(block, format), _mixer(config, block.self_attn.spec)))
         if release:
             block.to(torch.device("meta"))
-    # Four bits in the vocabulary's matrix cost more quality than in all the others together.
-    vocabulary_format: Format = "int8" if format == "int4" else format
-    head = PackedMatrix.pack(model.lm_head.weight, vocabulary_format)
+    head = PackedMatrix.pack(model.lm_head.weight, vocabulary_format(format))
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     weights = DecoderWeights(
         layers=layers,
-        embedding=head if tied else PackedMatrix.pack(model.model.embed_tokens.weight, vocabulary_format),
+        embedding=head if tied else PackedMatrix.pack(model.model.embed_tokens.weight, vocabulary_format(format)),
         head=head,
         final_norm=_vector(model.model.norm.weight),
         frequencies=model.rotary.frequencies,
@@ -103,7 +102,7 @@ def _layer(block: Block, format: Format) -> LayerWeights:
         gate_up_bias=_gate_up_bias(mlp),
         down=PackedMatrix.pack(mlp.down_proj.weight, format),
         down_bias=_optional(mlp.down_proj.bias),
-        far=_far(attention, "float32" if format == "float32" else "float16"),
+        far=_far(attention, map_format(format)),
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unspool.decoder import Block
-from unspool.far import FarFeatures
+from unspool.far import FarFeatures, hedgehog_features
 from unspool.mixer import LinearizedAttention
 from unspool.mixer_spec import Gate
 from unspool.model import UnspoolForCausalLM
@@ -210,6 +210,5 @@ def _key_features(far: FarFeatures, k: Tensor) -> Tensor:
 
 
 def _hedgehog(x: Tensor, maps: Tensor) -> Tensor:
-    """As in `far`, for x [N, H, D] and maps [H, D, D], which it would copy for every token."""
-    projected = (x.transpose(0, 1) @ maps.to(x.dtype)).transpose(0, 1)
-    return torch.cat([projected.softmax(-1), (-projected).softmax(-1)], dim=-1).clamp_min(1e-12)
+    """As in `far`, for x [N, H, D] and maps [H, D, D], whose product there would copy the maps for every token."""
+    return hedgehog_features((x.transpose(0, 1) @ maps.to(x.dtype)).transpose(0, 1))

@@ -60,13 +60,22 @@ def weight_format(config: PreTrainedConfig) -> WeightFormat | None:
 
 def stored_format(name: str, shape: tuple[int, ...], format: WeightFormat) -> Format:
     """How a checkpoint of this format keeps a parameter: what the native kernels need of it, and no more."""
+    packed = PACKED_FORMATS[format]
     if name.endswith("_map"):
-        return "float16"
+        return map_format(packed)
     if ".far." in name or len(shape) != 2:
         return "float32"
-    if format == "int4" and name in _VOCABULARY:
-        return "int8"
-    return PACKED_FORMATS[format]
+    return vocabulary_format(packed) if name in _VOCABULARY else packed
+
+
+def vocabulary_format(format: Format) -> Format:
+    """Of the embedding and the head: four bits there cost more quality than in all other matrices together."""
+    return "int8" if format == "int4" else format
+
+
+def map_format(format: Format) -> Literal["float32", "float16"]:
+    """Of the feature maps."""
+    return "float32" if format == "float32" else "float16"
 
 
 def stored_parts(name: str, shape: tuple[int, ...], format: WeightFormat) -> dict[str, Part]:

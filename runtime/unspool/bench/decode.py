@@ -129,6 +129,7 @@ class _Runner:
 
     def __init__(self, executor: NativeExecutor, context: int, meter: BandwidthMeter, rival: Rival | None) -> None:
         self._executor, self._meter, self._rival = executor, meter, rival
+        self._context = context
         self._pool = executor.new_pool(BATCH)
         self._prompt = _random_tokens(executor, max(context, PREFILL))
         self.weights = executor.decoder.bytes_per_step
@@ -143,16 +144,18 @@ class _Runner:
         time.sleep(SETTLING_SECONDS)
         return ours, _seconds(lambda: rival.read(tokens)) if rival else None
 
-    def rounds(self, context: int, tokens: Sequence[int]) -> list[_Round]:
-        """Decodes the tokens after `context` others, a stretch of them in each round."""
+    def rounds(self, tokens: Sequence[int]) -> list[_Round]:
+        """Decodes the tokens from the position on, a stretch of them in each round."""
+        prompt = self._prompt[: self._context]
         for slot in range(BATCH):
             self._pool.clear(slot)
-            self._executor.logits([self._prompt[:context]], self._pool, [slot], "none")
+            self._executor.logits([prompt], self._pool, [slot], "none")
         if self._rival:
-            self._rival.read(self._prompt[:context])
-        rounds, before = [], self._meter.measure()
+            self._rival.read(prompt)
+        rounds = []
         for start in range(0, len(tokens), STRETCH):
             stretch = tokens[start : start + STRETCH]
+            before = self._meter.measure()
             seconds = _stretch(lambda token: self._executor.logits([[token]], self._pool, [0]), stretch)
             after = self._meter.measure()
             together = _stretch(
@@ -160,7 +163,6 @@ class _Runner:
             )
             theirs = _stretch(self._rival.step, stretch) if self._rival else None
             rounds.append(_Round(seconds, together, self._bound(before.better(after)), theirs))
-            before = self._meter.measure()
         return rounds
 
     def _bound(self, bandwidth: Bandwidth) -> float:
@@ -172,7 +174,7 @@ def _measure(
 ) -> DecodeRow:
     runner = _Runner(executor, context, meter, rival)
     prefills = [runner.prefill() for _ in range(PREFILLS)]
-    measured = runner.rounds(context, _random_tokens(executor, rounds))
+    measured = runner.rounds(_random_tokens(executor, rounds))
     row = DecodeRow(
         quant=quant,
         context=context,
