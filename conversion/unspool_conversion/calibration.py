@@ -167,7 +167,7 @@ def _calibrate_layer(mixer: LinearizedAttention, heads: Heads, target: Tensor, c
     """Searches biases, and half-lives where the gate has one, sets the best, and says what they were."""
     assert mixer.far is not None
     far, spec = mixer.far, mixer.spec
-    ranges = list(_position_ranges(spec.window + spec.sinks, heads.q.shape[1]))
+    ranges = list(_position_ranges(spec.near_tokens, heads.q.shape[1]))
     half_lives = HALF_LIVES if spec.gate in ("scalar", "fixed") else (None,)
     best_error = torch.full((mixer.num_kv_heads,), torch.inf)
     best_choice = torch.full((mixer.num_kv_heads,), len(half_lives) - 1)

@@ -133,7 +133,7 @@ def _new_parameters(
 def _within_context(options: CalibrationOptions, config: UnspoolConfig) -> CalibrationOptions:
     """Sequences no longer than the teacher was made for, with a warning when they have no far tokens."""
     length = min(options.length, config.max_position_embeddings)
-    longest = max(spec.window + spec.sinks for spec in calibrated_specs(config))
+    longest = max(spec.near_tokens for spec in calibrated_specs(config))
     if length <= longest:
         _log.warning(
             "calibration sequences of %d tokens never leave a near set of %d: those layers' states stay off; pass a "

@@ -104,8 +104,8 @@ class ConvertOptions:
             if first <= layer <= last
         }
         spec = default.replace(**changes)
-        if teacher_window is not None and teacher_window <= spec.window + spec.sinks:
-            spec = spec.replace(join="window", window=teacher_window, sinks=0)
+        if teacher_window is not None and teacher_window <= spec.near_tokens:
+            spec = spec.replace(join="window", window=teacher_window, sinks=0, bank=0)
         return {name: value for name, value in spec.to_dict().items() if value != getattr(default, name)}
 
     def _check_ranges(self, layers: int) -> None:

@@ -165,7 +165,7 @@ def _unspool_config(teacher: TeacherConfig, options: ConvertOptions) -> UnspoolC
 
 def _exact_tokens(config: UnspoolConfig, teacher: TeacherConfig) -> int | None:
     lengths = [
-        0 if spec.join == "mixed" else spec.window + spec.sinks
+        0 if spec.join == "mixed" else spec.near_tokens
         for spec, window in zip(config.mixer_specs(), teacher.windows, strict=True)
         if (spec.join, spec.window, spec.sinks) != ("window", window, 0)
     ]

@@ -1,8 +1,9 @@
 """Holds a converted model against its teacher: exact inside the near set, one result for every split, and perplexity by
-position beside what a window alone reaches, with the same window and with the same bytes."""
+position."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,17 +12,20 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from unspool.cache import UnspoolCache
-from unspool.config import UnspoolConfig, linearize_block
-from unspool.mixer_spec import MixerSpec
 from unspool.model import UnspoolForCausalLM
-from unspool.state import layer_state_specs
+from unspool_conversion.evaluation.positions import position_ranges
+from unspool_conversion.evaluation.readers import (
+    HEAD_BLOCK,
+    ConvertedReader,
+    TeacherReader,
+    negative_log_likelihood,
+)
+from unspool_conversion.evaluation.variants import window_only
 
 TOLERANCE = 1e-4
 """Largest logit difference, relative to the largest logit, that float32 rounding explains."""
 GREEDY_TOKENS = 32
 UNEVEN_CHUNKS = (1, 7, 64, 65, 3, 200)
-POSITION_EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-_HEAD_BLOCK = 256
 
 Score = Callable[[Tensor], Tensor]
 """Negative log-likelihood in nats of each token after the first: tokens [T] to [T - 1]."""
@@ -64,7 +68,7 @@ def check_exactness(model: UnspoolForCausalLM, teacher: PreTrainedModel, tokens:
 @torch.inference_mode()
 def measure_divergence(model: UnspoolForCausalLM, teacher: PreTrainedModel, tokens: Tensor) -> float:
     """KL divergence in nats a token of the converted model's predictions from the teacher's, on tokens [T]."""
-    logits = (each(tokens[None], use_cache=False).logits[0].split(_HEAD_BLOCK) for each in (model, teacher))
+    logits = (each(tokens[None], use_cache=False).logits[0].split(HEAD_BLOCK) for each in (model, teacher))
     # Rounding may make the sum of equal predictions slightly negative.
     total = sum(float(_divergence(actual, expected)) for actual, expected in zip(*logits, strict=True))
     return max(total / tokens.shape[0], 0.0)
@@ -79,57 +83,14 @@ def check_chunking(model: UnspoolForCausalLM, tokens: Tensor) -> Chunking:
     return Chunking(tokens.shape[0], _relative_difference(steps, whole), _relative_difference(uneven, whole))
 
 
-def window_only(model: UnspoolForCausalLM, *, equal_bytes: bool = False) -> UnspoolForCausalLM:
-    """The same weights with every state removed; with `equal_bytes`, windows widened by what the states cost."""
-    config = model.config
-    layers = {
-        layer: {"join": "window", "window": _equal_bytes_window(config, spec) if equal_bytes else spec.window}
-        for layer, spec in enumerate(config.mixer_specs())
-    }
-    assert config.linearize is not None
-    default = MixerSpec.from_dict(config.linearize["default"])
-    layer_fields = {
-        layer: config.linearize.get("layers", {}).get(str(layer), {}) | fields for layer, fields in layers.items()
-    }
-    values = config.to_dict() | {
-        "linearize": linearize_block("window-only", default, layer_fields),
-        "layer_types": None,
-    }
-    with torch.device("meta"):
-        variant = UnspoolForCausalLM(UnspoolConfig.from_dict(values))
-    weights = {name: tensor for name, tensor in model.state_dict().items() if ".far." not in name}
-    variant.load_state_dict(weights, assign=True)
-    variant.tie_weights()
-    variant.eval()  # type: ignore[no-untyped-call]  # transformers leaves it bare
-    return variant
-
-
-def _equal_bytes_window(config: UnspoolConfig, spec: MixerSpec) -> int:
-    dtype = torch.float32
-    total = sum(tensor.num_bytes for tensor in layer_state_specs(config, spec, dtype).values())
-    per_token = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
-    return total // per_token - spec.sinks
-
-
 def score_converted(model: UnspoolForCausalLM) -> Score:
-    """Scores texts with a converted model; the vocabulary-wide logits exist for a few positions at a time."""
-
-    def score(tokens: Tensor) -> Tensor:
-        hidden = model.hidden(tokens[None])[0, :-1]
-        blocks = zip(hidden.split(_HEAD_BLOCK), tokens[1:].split(_HEAD_BLOCK), strict=True)
-        return torch.cat([_negative_log_likelihood(model.lm_head(part), next_) for part, next_ in blocks])
-
-    return score
+    """Scores texts with a converted model."""
+    return partial(negative_log_likelihood, ConvertedReader(model))
 
 
 def score_teacher(teacher: PreTrainedModel) -> Score:
     """Scores texts with a transformers model."""
-
-    def score(tokens: Tensor) -> Tensor:
-        logits = teacher(tokens[None], use_cache=False).logits[0, :-1]
-        return _negative_log_likelihood(logits, tokens[1:])
-
-    return score
+    return partial(negative_log_likelihood, TeacherReader(teacher))
 
 
 @torch.inference_mode()
@@ -145,17 +106,6 @@ def perplexity_by_position(score: Score, sequences: Tensor, progress: Callable[[
     loss = torch.stack(losses).double()
     ranges = {f"{low}-{high}": loss[:, low:high] for low, high in position_ranges(sequences.shape[1])}
     return {name: math.exp(float(part.mean())) for name, part in (ranges | {"all": loss}).items()}
-
-
-def position_ranges(length: int) -> Iterator[tuple[int, int]]:
-    """The ranges of positions that a text of that many tokens fills, the last one perhaps in part."""
-    for low, high in zip(POSITION_EDGES, POSITION_EDGES[1:], strict=False):
-        if low < length - 1:
-            yield low, min(high, length)
-
-
-def _negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def _divergence(actual: Tensor, expected: Tensor) -> Tensor:

@@ -84,8 +84,8 @@ class UnspoolConfig(PreTrainedConfig):
 
     @property
     def near_tokens(self) -> int:
-        """Tokens that fit every layer's near set: the smallest window + sinks."""
-        return min(spec.window + spec.sinks for spec in self.mixer_specs())
+        """Tokens that fit every layer's near set."""
+        return min(spec.near_tokens for spec in self.mixer_specs())
 
 
 def linearize_block(preset: str, default: MixerSpec, layers: dict[int, dict[str, Any]]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unspool.bank import BankPriority
 from unspool.config import UnspoolConfig
 from unspool.mixer_spec import MixerSpec
 from unspool.state import feature_size, state_heads
@@ -20,7 +21,7 @@ INITIAL_HALF_LIFE = 512.0
 
 
 class FarFeatures(nn.Module):
-    """Learned feature maps [H, D, D], scalar gate [H_state, D] and log-weight [H] of one layer's far part.
+    """Learned feature maps [H, D, D], scalar gate [H_state, D], log-weight [H] and bank of one layer's far part.
 
     Only what the layer's `MixerSpec` uses exists as a parameter.
     """
@@ -39,12 +40,16 @@ class FarFeatures(nn.Module):
             self.gate_bias = nn.Parameter(torch.empty(heads))
         if spec.join == "disjoint":
             self.bias = nn.Parameter(torch.empty(config.num_attention_heads))
+        self.bank = BankPriority(config) if spec.bank else None
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Identity feature maps, a gate with INITIAL_HALF_LIFE whatever the key, and the spec's far_bias."""
-        for name, parameter in self.named_parameters():
+        """Identity feature maps, a gate with INITIAL_HALF_LIFE whatever the key, the spec's far_bias, and a bank of the
+        last tokens."""
+        if self.bank is not None:
+            self.bank.reset_parameters()
+        for name, parameter in self.named_parameters(recurse=False):
             if name.endswith("_map"):
                 parameter.copy_(torch.eye(parameter.shape[-1], device=parameter.device).expand_as(parameter))
             elif name == "gate_weight":

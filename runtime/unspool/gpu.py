@@ -21,6 +21,8 @@ def unsupported(config: UnspoolConfig) -> str | None:
     """Why the Triton kernels cannot run this model, or None."""
     if config.head_dim > MAX_CHANNELS:
         return f"head_dim {config.head_dim} is more than the {MAX_CHANNELS} channels of the Triton kernels"
+    if any(spec.has_state and spec.bank for spec in config.mixer_specs()):
+        return "a bank has no Triton kernel"
     if any(spec.has_state and spec.memory == "slots" for spec in config.mixer_specs()):
         return "slot memory has no Triton kernel"
     return None

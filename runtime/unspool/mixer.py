@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from unspool import near
 from unspool.batch import StepContext
 from unspool.config import UnspoolConfig
 from unspool.far import FarFeatures
@@ -27,14 +28,6 @@ class Heads(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-
-
-class NearPart(NamedTuple):
-    """The near set's attention, and the rotated keys and values [B, T, H_kv, D] that left it at each token."""
-
-    output: ring_window.NearOutput
-    left_keys: Tensor
-    left_values: Tensor
 
 
 class LinearizedAttention(nn.Module):
@@ -76,41 +69,39 @@ class LinearizedAttention(nn.Module):
         """The mixed values [B, T, H_kv, G, D], before the output projection."""
         if self.far is None:
             return self.attend_near(heads, context, state).output.values
-        near, far = self.attend_both(heads, context, state)
+        exact, far = self.attend_both(heads, context, state)
         if self.spec.join == "mixed":
-            return self.spec.mix * near.values + (1.0 - self.spec.mix) * far
-        return self.join_disjoint(near, far, context)
+            return self.spec.mix * exact.values + (1.0 - self.spec.mix) * far
+        return self.join_disjoint(exact, far, context)
 
     def attend_both(
         self, heads: Heads, context: StepContext, state: LayerState | None = None
     ) -> tuple[ring_window.NearOutput, Tensor]:
         """The near part, and the state's read-out [B, T, H_kv, G, D], with its mass as one more channel where the
         state is normalised."""
-        near = self.attend_near(heads, context, state)
+        part = self.attend_near(heads, context, state)
         mixed = self.spec.join == "mixed"
-        written = self._tokens_for_state(heads, context) if mixed else self._left_tokens(heads, near, context)
-        return near.output, self.read_state(heads.q, written, context, state)
+        written = self._tokens_for_state(heads, context) if mixed else self._left_tokens(heads, part, context)
+        return part.output, self.read_state(heads.q, written, context, state)
 
-    def attend_near(self, heads: Heads, context: StepContext, state: LayerState | None) -> NearPart:
-        """Softmax over sinks and window; writes the tokens into the ring when there is a state."""
+    def attend_near(self, heads: Heads, context: StepContext, state: LayerState | None) -> near.NearPart:
+        """Softmax over sinks, window and bank; writes the tokens into them when there is a state."""
         q, k = context.query.apply(heads.q), context.query.apply(heads.k)
-        sink_q = context.sink.apply(heads.q)
-        if state is not None and context.is_step:
-            return self._near_step(q, sink_q, k, heads.v, context, state)
-        return self._near_chunk(q, sink_q, k, heads.v, context, state)
+        rotated = near.RotatedHeads(q, context.sink.apply(heads.q), k, heads.v)
+        return near.attend(rotated, self.spec, self.far.bank if self.far is not None else None, context, state)
 
-    def join_disjoint(self, near: ring_window.NearOutput, far: Tensor, context: StepContext) -> Tensor:
+    def join_disjoint(self, exact: ring_window.NearOutput, far: Tensor, context: StepContext) -> Tensor:
         """Merges the near shard with the far one [B, T, H_kv, G, V + 1], whose last channel is its mass."""
         assert self.far is not None
         mass = far[..., -1].clamp_min(SMALLEST_MASS)
         bias = self.far.bias.to(mass.dtype).view(self.num_kv_heads, self.group)
-        has_far = context.positions - self.spec.window >= self.spec.sinks
+        has_far = context.positions >= self.spec.near_tokens
         far_log_mass = torch.where(has_far[..., None, None], mass.double().log() + bias, -torch.inf)
-        return merge(near.values, self.near_log_mass(near), far[..., :-1] / mass[..., None], far_log_mass)
+        return merge(exact.values, self.near_log_mass(exact), far[..., :-1] / mass[..., None], far_log_mass)
 
-    def near_log_mass(self, near: ring_window.NearOutput) -> Tensor:
+    def near_log_mass(self, exact: ring_window.NearOutput) -> Tensor:
         """What the near part weighs in the disjoint join [B, T, H_kv, G]."""
-        return near.log_mass - near.row_max if self.spec.near_mass == "row_max" else near.log_mass
+        return exact.log_mass - exact.row_max if self.spec.near_mass == "row_max" else exact.log_mass
 
     def read_state(self, q: Tensor, written: "StateTokens", context: StepContext, state: LayerState | None) -> Tensor:
         """Folds `written` into the layer's state and reads it with q: [B, T, H_kv, G, V (+ 1)]."""
@@ -166,48 +157,9 @@ class LinearizedAttention(nn.Module):
         keys = context.query.apply(heads.k) if self.spec.state_rope else heads.k
         return StateTokens.of(keys, heads.v, context.valid, heads.k)
 
-    def _left_tokens(self, heads: Heads, near: NearPart, context: StepContext) -> "StateTokens":
-        window = self.spec.window
-        keys = near.left_keys
-        if not self.spec.state_rope:
-            keys = context.unrotate_leaving(window).apply(keys)
-        has_left = context.valid & (context.positions - window >= self.spec.sinks)
-        return StateTokens.of(keys, near.left_values, has_left, heads.k)
-
-    def _near_step(
-        self, q: Tensor, sink_q: Tensor, k: Tensor, v: Tensor, context: StepContext, state: LayerState
-    ) -> NearPart:
-        assert context.rows is not None
-        keys, values = context.rows.read(state["near_keys"]), context.rows.read(state["near_values"])
-        position = context.positions[:, 0]
-        row = ring_window.row_of(position, self.spec.window, self.spec.sinks)
-        sequence = torch.arange(row.shape[0], device=row.device)
-        left_keys, left_values = keys[sequence, :, row], values[sequence, :, row]
-        keys[sequence, :, row], values[sequence, :, row] = k[:, 0].to(keys.dtype), v[:, 0].to(values.dtype)
-        output = ring_window.step(q[:, 0], sink_q[:, 0], keys, values, position, self.spec.sinks)
-        context.rows.write(state["near_keys"], keys)
-        context.rows.write(state["near_values"], values)
-        return NearPart(output, left_keys[:, None], left_values[:, None])
-
-    def _near_chunk(
-        self, q: Tensor, sink_q: Tensor, k: Tensor, v: Tensor, context: StepContext, state: LayerState | None
-    ) -> NearPart:
-        window, sinks, tokens = self.spec.window, self.spec.sinks, k.shape[1]
-        if state is None:
-            past = ring_window.empty_history(k, window, sinks)
-        else:
-            assert context.rows is not None
-            keys, values = context.rows.read(state["near_keys"]), context.rows.read(state["near_values"])
-            past = ring_window.read_history(keys, values, context.start, window, sinks)
-        history = ring_window.with_new_sinks(past, k, v, context.start, context.length)
-        output = ring_window.chunk(q, sink_q, k, v, history, context.start)
-        if state is not None and context.rows is not None:
-            ring_window.write(keys, values, k, v, context.start, context.length, sinks)
-            context.rows.write(state["near_keys"], keys)
-            context.rows.write(state["near_values"], values)
-        left_keys = torch.cat([past.keys.transpose(1, 2), k], dim=1)[:, :tokens]
-        left_values = torch.cat([past.values.transpose(1, 2), v], dim=1)[:, :tokens]
-        return NearPart(output, left_keys, left_values)
+    def _left_tokens(self, heads: Heads, part: near.NearPart, context: StepContext) -> "StateTokens":
+        keys = part.left_keys if self.spec.state_rope else near.unrotated_left_keys(part, self.spec, context)
+        return StateTokens.of(keys, part.left_values, part.left, heads.k)
 
 
 class StateTokens(NamedTuple):

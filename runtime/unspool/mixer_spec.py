@@ -16,6 +16,7 @@ NearMass = Literal["softmax", "row_max"]
 _RANGES: dict[str, tuple[float, float]] = {
     "window": (1, 1 << 20),
     "sinks": (0, 1 << 10),
+    "bank": (0, 1 << 20),
     "num_slots": (0, 1 << 16),
     "gate_normalizer": (1e-3, 1e6),
     "far_bias": (-1e3, 1e3),
@@ -32,6 +33,9 @@ class MixerSpec:
     mixed: the state holds every token, the parts are averaged. window: no state."""
     window: int = 256
     sinks: int = 4
+    bank: int = 0
+    """Tokens that left the window and stay exact, per key-value head: those of highest priority, which comes from their
+    keys and values."""
     gate: Gate = "scalar"
     gate_normalizer: float = 16.0
     """Liger divides the log-gate by this (arXiv 2503.01496, section 3)."""
@@ -65,6 +69,10 @@ class MixerSpec:
     def _check_combination(self) -> None:
         slots = self.memory == "slots"
         conflicts = (
+            (
+                self.bank > 0 and (self.join != "disjoint" or self.near_mass != "softmax"),
+                f"bank={self.bank} keeps tokens out of the state: use join='disjoint' and near_mass='softmax'",
+            ),
             (slots and self.join == "disjoint", "memory='slots' has no normaliser to merge by: use join='mixed'"),
             (slots and self.gate != "liger", "memory='slots' writes 1 - gate per slot: use gate='liger'"),
             (slots and self.feature_map != "identity", "memory='slots' matches raw keys: use feature_map='identity'"),
@@ -84,6 +92,11 @@ class MixerSpec:
     @property
     def has_state(self) -> bool:
         return self.join != "window"
+
+    @property
+    def near_tokens(self) -> int:
+        """Tokens that the layer holds exactly: a text no longer than this is read as the teacher reads it."""
+        return self.sinks + self.window + (self.bank if self.has_state else 0)
 
     @property
     def normalized(self) -> bool:

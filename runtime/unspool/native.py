@@ -38,6 +38,8 @@ def unsupported(config: UnspoolConfig) -> str | None:
     ):
         if width % WIDTH_MULTIPLE:
             return f"{name} {width} is not a multiple of {WIDTH_MULTIPLE}"
+    if any(spec.has_state and spec.bank for spec in config.mixer_specs()):
+        return "a bank has no native kernel"
     if any(spec.has_state and spec.memory == "slots" for spec in config.mixer_specs()):
         return "slot memory has no native kernel"
     return None

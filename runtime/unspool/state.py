@@ -13,8 +13,9 @@ from unspool.config import UnspoolConfig
 from unspool.mixer_spec import MixerSpec
 
 LayerState = dict[str, Tensor]
-"""One layer's state by name, each tensor [slots, heads, ...]: near_keys and near_values [., H_kv, M + W, D]; far
-[., H, V (+ 1), K] V-first with its normaliser as the last row, or slot_keys and slot_values [., H, M, D]."""
+"""One layer's state by name, each tensor [slots, heads, ...]: near_keys and near_values [., H_kv, M + W + B, D], sinks,
+ring and bank; bank_scores and bank_positions [., H_kv, B]; far [., H, V (+ 1), K] V-first with its normaliser as the
+last row, or slot_keys and slot_values [., H, M, D]."""
 
 
 class TensorSpec(NamedTuple):
@@ -33,8 +34,14 @@ def layer_state_specs(
 ) -> dict[str, TensorSpec]:
     """The tensors of one layer for one sequence. The near set has the model's dtype; what is summed over time is
     float32 (float64 in a float64 model) unless `far_dtype` says otherwise."""
-    near = TensorSpec((config.num_key_value_heads, spec.sinks + spec.window, config.head_dim), dtype)
+    near = TensorSpec((config.num_key_value_heads, spec.near_tokens, config.head_dim), dtype)
     specs = {"near_keys": near, "near_values": near}
+    if spec.has_state and spec.bank:
+        entries = (config.num_key_value_heads, spec.bank)
+        specs |= {
+            "bank_scores": TensorSpec(entries, torch.float32),
+            "bank_positions": TensorSpec(entries, torch.int32),
+        }
     summed = far_dtype or torch.promote_types(dtype, torch.float32)
     heads, channels = state_heads(config, spec), config.head_dim
     if spec.has_state and spec.memory == "slots":

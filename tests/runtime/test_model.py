@@ -24,6 +24,10 @@ LAYERS: dict[str, MixerSpec] = {
     "disjoint-fixed-elu-rotated": PRESETS["disjoint"].replace(
         window=6, sinks=2, gate="fixed", feature_map="elu", state_rope=True
     ),
+    "disjoint-bank": PRESETS["disjoint"].replace(window=4, sinks=2, bank=5),
+    "disjoint-bank-rotated-query-state": PRESETS["disjoint"].replace(
+        window=6, sinks=0, bank=3, state_heads="q", state_rope=True
+    ),
     "liger-gsa-more-slots": PRESETS["liger-gsa"].replace(window=6, num_slots=12),
 }
 

@@ -210,7 +210,7 @@ def _state_traffic(executor: NativeExecutor, pool: StatePool, context: int) -> t
         near = layer["near_keys"]
         rows = min(context + 1, near.shape[2])
         read += 2 * near.shape[1] * rows * near.shape[3] * near.element_size()
-        if "far" in layer and (spec.join == "mixed" or context - spec.window >= spec.sinks):
+        if "far" in layer and (spec.join == "mixed" or context >= spec.near_tokens):
             updated += layer["far"][0].nbytes
     return read, updated
 
