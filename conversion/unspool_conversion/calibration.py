@@ -24,6 +24,8 @@ from unspool.far import FarFeatures, gate_logit
 from unspool.mixer import SMALLEST_MASS, Heads, LinearizedAttention
 from unspool.mixer_spec import MixerSpec
 from unspool.rotary import Rotary
+from unspool_conversion.bank_calibration import calibrate_bank, output_gram
+from unspool_kernels.reference.ring_window import NearOutput
 
 HALF_LIVES = (64.0, 256.0, 1024.0)
 BIASES = tuple(half / 2 for half in range(-12, 9))
@@ -92,7 +94,8 @@ def calibrate(teacher: Teacher, tokens: Tensor, progress: Progress) -> Calibrati
         target = teacher_attention(heads, context, teacher.windows[layer])
         if block.self_attn.far is not None:
             if is_calibrated(spec):
-                reports.append({"layer": layer} | _calibrate_layer(block.self_attn, heads, target, context))
+                window = teacher.windows[layer]
+                reports.append({"layer": layer} | _calibrate_layer(block.self_attn, heads, target, context, window))
                 _check_finite(reports[-1])
             tensors |= _named(layer, block.self_attn.far)
         x = block.feed_forward(x + block.self_attn.project_out(target, x.dtype))
@@ -163,20 +166,27 @@ class _OutputError(NamedTuple):
         return self.near + share * (2 * self.cross + share * self.difference)
 
 
-def _calibrate_layer(mixer: LinearizedAttention, heads: Heads, target: Tensor, context: StepContext) -> dict[str, Any]:
-    """Searches biases, and half-lives where the gate has one, sets the best, and says what they were."""
+def _calibrate_layer(
+    mixer: LinearizedAttention, heads: Heads, target: Tensor, context: StepContext, teacher_window: int | None
+) -> dict[str, Any]:
+    """Fits the bank where there is one, searches biases, and half-lives where the gate has one, sets the best, and says
+    what they were."""
     assert mixer.far is not None
     far, spec = mixer.far, mixer.spec
+    chosen = calibrate_bank(mixer, heads, target, context, teacher_window) if far.bank is not None else {}
     ranges = list(_position_ranges(spec.near_tokens, heads.q.shape[1]))
     half_lives = HALF_LIVES if spec.gate in ("scalar", "fixed") else (None,)
     best_error = torch.full((mixer.num_kv_heads,), torch.inf)
     best_choice = torch.full((mixer.num_kv_heads,), len(half_lives) - 1)
     best_bias = torch.full((mixer.num_kv_heads, mixer.group), OFF)
     window_error = torch.zeros(mixer.num_kv_heads)
+    part = mixer.attend_near(heads, context, None)
+    written = mixer.tokens_for_state(heads, part, context)
     for choice, half_life in enumerate(half_lives) if ranges else ():
         if half_life is not None:
             far.gate_bias.fill_(gate_logit(half_life))
-        parts = _output_error(mixer, heads, target, context)
+        read = mixer.read_state(heads.q, written, context, None)
+        parts = _output_error(mixer, part.output, read, target)
         window_error = torch.stack([_sum_range(parts.near, part) for part in ranges]).sum(0).sum(-1)
         error, bias = _best_bias(parts, ranges)
         better = error.sum(-1) < best_error
@@ -184,7 +194,7 @@ def _calibrate_layer(mixer: LinearizedAttention, heads: Heads, target: Tensor, c
         best_choice = torch.where(better, choice, best_choice)
         best_bias = torch.where(better[:, None], bias, best_bias)
     far.bias.copy_(best_bias.flatten())
-    return {
+    return chosen | {
         "half_life": _set_half_lives(far, [half_lives[choice] for choice in best_choice.tolist()]),
         "bias": best_bias.flatten().tolist(),
         "error_of_window_only": _ratio(best_error.sum(), window_error.sum()),
@@ -232,12 +242,10 @@ def _best_bias(parts: _OutputError, ranges: list[tuple[int, int]]) -> tuple[Tens
     return best, chosen
 
 
-def _output_error(mixer: LinearizedAttention, heads: Heads, target: Tensor, context: StepContext) -> _OutputError:
+def _output_error(mixer: LinearizedAttention, near: NearOutput, far: Tensor, target: Tensor) -> _OutputError:
     """How far the layer is from the target after the output projection, as a function of the far part's share."""
-    near, far = mixer.attend_both(heads, context)
     mass = far[..., -1].clamp_min(SMALLEST_MASS)
-    weight = mixer.o_proj.weight.unflatten(1, (mixer.num_kv_heads, mixer.group, -1))  # [hidden, H_kv, G, D]
-    gram = torch.einsum("nhgd,nhge->hgde", weight, weight)
+    gram = output_gram(mixer)
     off_near = near.values - target
     off_far = far[..., :-1] / mass[..., None] - near.values
     near_image = torch.einsum("bthgd,hgde->bthge", off_near, gram)

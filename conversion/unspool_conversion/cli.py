@@ -44,6 +44,9 @@ def add_convert(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace
     parser.add_argument("--dry-run", action="store_true", help="print the account of the conversion, write nothing")
     _add_mixer_arguments(parser)
     _add_calibration_arguments(parser)
+    parser.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="apply what `unspool distill` trained, instead of calibrating"
+    )
     return run_convert
 
 
@@ -66,7 +69,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
 
 def _add_mixer_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "layers", "--window and --sinks take 256, or exceptions by layer: 256,0-3=512,7=64"
+        "layers", "--window, --sinks and --bank take 256, or exceptions by layer: 256,0-3=512,7=64"
     )
     group.add_argument("--preset", choices=tuple(PRESETS), default="disjoint", help="(default: %(default)s)")
     group.add_argument("--join", choices=get_args(Join), help="how near and far parts join")
@@ -75,6 +78,12 @@ def _add_mixer_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--state-heads", choices=get_args(StateHeads), help="one state per key-value or query head")
     group.add_argument("--window", type=_parse_per_layer, default=PerLayer(None, ()), help="tokens kept exactly")
     group.add_argument("--sinks", type=_parse_per_layer, default=PerLayer(None, ()), help="first tokens kept exactly")
+    group.add_argument(
+        "--bank",
+        type=_parse_per_layer,
+        default=PerLayer(None, ()),
+        help="tokens beyond the window kept exactly, those that the teacher is likeliest to need",
+    )
 
 
 def _add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +115,7 @@ def _add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
 def _options(arguments: argparse.Namespace) -> ConvertOptions:
     overrides = {name: getattr(arguments, name) for name in _OVERRIDES if getattr(arguments, name) is not None}
     calibration = CalibrationOptions(
-        enabled=not arguments.no_calibrate,
+        enabled=not arguments.no_calibrate and arguments.adapter is None,
         text=arguments.calibration,
         sequences=arguments.calibration_sequences,
         length=arguments.calibration_length,
@@ -119,11 +128,13 @@ def _options(arguments: argparse.Namespace) -> ConvertOptions:
         overrides=overrides,
         window=arguments.window,
         sinks=arguments.sinks,
+        bank=arguments.bank,
         dtype=arguments.dtype,
         quant=arguments.quant,
         max_shard_bytes=arguments.max_shard_size,
         overwrite=arguments.overwrite,
         calibration=calibration,
+        adapter=arguments.adapter,
     )
 
 

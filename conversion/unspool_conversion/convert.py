@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import unspool
 from unspool.config import UnspoolConfig
 from unspool.errors import UserError
 from unspool_conversion.calibration import Teacher, calibrate, calibrated_specs, initial_parameters
+from unspool_conversion.distillation.adapter import apply_adapter, changes_teacher
 from unspool_conversion.mapped_tensors import MappedTensors, check_tied_head
 from unspool_conversion.options import CalibrationOptions, ConvertOptions
 from unspool_conversion.plan import ConversionPlan, plan_conversion
@@ -84,10 +86,14 @@ def convert(options: ConvertOptions, progress: Progress = SILENT) -> ConversionR
         source.write_side_files(staging)
         tokenizer = _load_tokenizer(staging, plan)
         new = _new_parameters(options, plan, mapped, tokenizer, progress)
-        shards = split_into_shards(plan.tensors, options.max_shard_bytes)
-        write_shards(staging, shards, lambda name: _tensor(name, new, mapped), progress.written)
+        load: Callable[[str], Tensor] = partial(_tensor, new=new, mapped=mapped)
+        if options.adapter is not None:
+            load = apply_adapter(options.adapter, plan.config, load)
+        write_shards(staging, split_into_shards(plan.tensors, options.max_shard_bytes), load, progress.written)
         plan.config.save_pretrained(staging)
         report = {"name": destination.name} | _report(source, plan, new.report)
+        if options.adapter is not None:
+            report |= _adapter_report(options.adapter, plan)
         save_report(staging, report)
         write_model_card(staging, report)
     return ConversionResult(destination, plan, report)
@@ -146,6 +152,11 @@ def _within_context(options: CalibrationOptions, config: UnspoolConfig) -> Calib
 
 def _tensor(name: str, new: _NewParameters, mapped: MappedTensors) -> Tensor:
     return new.tensors[name] if name in new.tensors else mapped.load(name)
+
+
+def _adapter_report(adapter: Path, plan: ConversionPlan) -> dict[str, Any]:
+    exact_tokens = 0 if changes_teacher(adapter) else plan.exact_tokens
+    return {"adapter": adapter.name, "exact_tokens": exact_tokens}
 
 
 def _report(source: TensorSource, plan: ConversionPlan, calibration: dict[str, Any]) -> dict[str, Any]:

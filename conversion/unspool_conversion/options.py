@@ -66,14 +66,19 @@ class ConvertOptions:
     """Fields of MixerSpec that every layer has instead of the preset's."""
     window: PerLayer = PerLayer(None, ())
     sinks: PerLayer = PerLayer(None, ())
+    bank: PerLayer = PerLayer(None, ())
     dtype: OutputDtype = "auto"
     quant: Quant = "none"
     """Format of the weights on disk; all but "none" start from float32 and take no `dtype`."""
     max_shard_bytes: int = 2_000_000_000
     overwrite: bool = False
     calibration: CalibrationOptions = CalibrationOptions()
+    adapter: Path | None = None
+    """What `unspool distill` trained for the same conversion; it takes the place of calibration."""
 
     def __post_init__(self) -> None:
+        if self.adapter is not None and self.calibration.text is not None:
+            raise UserError("--adapter brings what --calibration would fit; leave one out")
         if self.quant != "none" and self.dtype != "auto":
             raise UserError(f"--quant {self.quant} says how weights are stored, and so does --dtype; leave one out")
 
@@ -86,7 +91,7 @@ class ConvertOptions:
         if self.preset not in PRESETS:
             raise UserError(f"preset {self.preset!r} is not known; choose from {', '.join(PRESETS)}")
         try:
-            default = PRESETS[self.preset].replace(**self.overrides | _defaults(self.window, self.sinks))
+            default = PRESETS[self.preset].replace(**self.overrides | _defaults(self.window, self.sinks, self.bank))
             layers = {
                 layer: self._layer(default, layer, window, len(teacher_windows))
                 for layer, window in enumerate(teacher_windows)
@@ -99,7 +104,7 @@ class ConvertOptions:
     def _layer(self, default: MixerSpec, layer: int, teacher_window: int | None, layers: int) -> dict[str, Any]:
         changes = {
             name: number
-            for name, numbers in (("window", self.window), ("sinks", self.sinks))
+            for name, numbers in (("window", self.window), ("sinks", self.sinks), ("bank", self.bank))
             for first, last, number in numbers.ranges
             if first <= layer <= last
         }
@@ -109,11 +114,11 @@ class ConvertOptions:
         return {name: value for name, value in spec.to_dict().items() if value != getattr(default, name)}
 
     def _check_ranges(self, layers: int) -> None:
-        for _, last, _ in (*self.window.ranges, *self.sinks.ranges):
+        for _, last, _ in (*self.window.ranges, *self.sinks.ranges, *self.bank.ranges):
             if last >= layers:
                 raise UserError(f"layer {last} does not exist; the model has layers 0 to {layers - 1}")
 
 
-def _defaults(window: PerLayer, sinks: PerLayer) -> dict[str, int]:
-    numbers = {"window": window.default, "sinks": sinks.default}
+def _defaults(window: PerLayer, sinks: PerLayer, bank: PerLayer) -> dict[str, int]:
+    numbers = {"window": window.default, "sinks": sinks.default, "bank": bank.default}
     return {name: number for name, number in numbers.items() if number is not None}

@@ -1,11 +1,13 @@
 """The files that say what a converted model is and how it was made: `conversion_report.json` and the model card."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from unspool.errors import UserError
+from unspool_conversion.evaluation.tables import describe_evaluation
+from unspool_conversion.markdown import markdown_table
 
 REPORT = "conversion_report.json"
 MODEL_CARD = "README.md"
@@ -37,7 +39,8 @@ def load_report(directory: Path) -> dict[str, Any]:
 def write_model_card(directory: Path, report: dict[str, Any]) -> None:
     """Writes the model card from a report.
 
-    Its measurements are `report["verification"]`, which `unspool verify` adds.
+    Its measurements are `report["verification"]`, which `unspool verify` adds, and `report["evaluation"]`, which
+    `unspool eval` adds.
     """
     sections = (
         _front_matter(report),
@@ -45,29 +48,27 @@ def write_model_card(directory: Path, report: dict[str, Any]) -> None:
         _layers_section(report["linearize"]),
         _sizes_section(report["sizes"]),
         _calibration_section(report["calibration"]),
+        *([_training_section(report["distillation"])] if "distillation" in report else []),
+        *([f"## Training\n\nThe adapter `{report['adapter']}` was applied.\n"] if "adapter" in report else []),
         _measurements_section(report.get("verification")),
+        _evaluation_section(report.get("evaluation")),
         _use_section(),
     )
     _replace_text(directory / MODEL_CARD, "\n".join(sections))
 
 
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; numbers with a fraction are shown to four significant digits."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join("| " + " | ".join(_cell(value) for value in line) + " |\n" for line in lines)
-
-
-def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
-
-
-def _replace_text(path: Path, text: str) -> None:
-    new = path.with_name(f".{path.name}.new")
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Has `write` make a file beside `path`, then puts it in its place: there is the whole new file or the old one."""
+    new = path.with_name(f".{path.stem}.new{path.suffix}")
     try:
-        new.write_text(text, encoding="utf-8")
+        write(new)
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def _replace_text(path: Path, text: str) -> None:
+    replace_file(path, lambda new: new.write_text(text, encoding="utf-8"))
 
 
 def _front_matter(report: dict[str, Any]) -> str:
@@ -139,10 +140,25 @@ def _calibration_section(calibration: dict[str, Any]) -> str:
     return f"## Calibration\n\nFitted on {tokens} tokens of {text}: {where}.\n"
 
 
+def _training_section(distillation: dict[str, Any]) -> str:
+    recipe, trained = distillation["recipe"]["name"], distillation["trained_parameters"]
+    return (
+        f"## Training\n\nRecipe `{recipe}`, seed {distillation['seed']}: {trained:,} parameters "
+        f"({distillation['trained_share']:.2%} of the model's) on {distillation['tokens']:,} tokens in "
+        f"{distillation['seconds']:,.0f} s. `adapter/` holds what it added.\n"
+    )
+
+
 def _measurements_section(verification: dict[str, Any] | None) -> str:
     if verification is None:
         return "## Measurements\n\nNot verified yet: `unspool verify` compares the model with its source.\n"
     return "## Measurements\n\n" + describe_verification(verification)
+
+
+def _evaluation_section(evaluation: dict[str, Any] | None) -> str:
+    if evaluation is None:
+        return "## Evaluation\n\nNot evaluated yet: `unspool eval` says what the state is worth.\n"
+    return "## Evaluation\n\n" + describe_evaluation(evaluation)
 
 
 def describe_verification(verification: dict[str, Any]) -> str:

@@ -20,7 +20,6 @@ from unspool_conversion.evaluation.readers import (
     TeacherReader,
     negative_log_likelihood,
 )
-from unspool_conversion.evaluation.variants import window_only
 
 TOLERANCE = 1e-4
 """Largest logit difference, relative to the largest logit, that float32 rounding explains."""

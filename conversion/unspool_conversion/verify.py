@@ -14,9 +14,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from unspool.errors import UserError
-from unspool.loading import load
+from unspool.loading import LoadedModel, load
 from unspool.model import UnspoolForCausalLM
 from unspool_conversion import verification
+from unspool_conversion.evaluation.variants import window_only
 from unspool_conversion.reports import describe_verification, load_report, save_report, write_model_card
 from unspool_conversion.texts import CHARACTERS_PER_TOKEN, cut_documents, read_documents
 
@@ -70,11 +71,7 @@ def verify(options: VerifyOptions) -> dict[str, Any]:
     loaded = load(options.model, dtype=torch.float32)
     limit = options.sequences * options.length * CHARACTERS_PER_TOKEN
     sequences = cut_documents(read_documents(options.text, limit), loaded.tokenizer, options.sequences, options.length)
-    teacher = load_teacher(options.teacher)
-    if teacher.config.vocab_size != loaded.model.config.vocab_size:
-        raise UserError(
-            f"--teacher {options.teacher} has another vocabulary than {options.model}; name its own teacher"
-        )
+    teacher = load_teacher_of(loaded, options.teacher)
     result = {"text": options.text.name, "sequences": sequences.shape[0], "length": sequences.shape[1]}
     result |= _check(loaded.model, teacher, sequences[0], report["exact_tokens"], options.parity_tokens)
     if loaded.stored_as is not None:
@@ -86,6 +83,14 @@ def verify(options: VerifyOptions) -> dict[str, Any]:
     save_report(options.model, report)
     write_model_card(options.model, report)
     return result
+
+
+def load_teacher_of(loaded: LoadedModel, source: str) -> PreTrainedModel:
+    """`load_teacher`, which also raises UserError for a teacher with another vocabulary than the converted model."""
+    teacher = load_teacher(source)
+    if teacher.config.vocab_size != loaded.model.config.vocab_size:
+        raise UserError(f"--teacher {source} has another vocabulary than {loaded.path}; name its own teacher")
+    return teacher
 
 
 def load_teacher(source: str) -> PreTrainedModel:
@@ -121,10 +126,8 @@ def _perplexities(model: UnspoolForCausalLM, teacher: PreTrainedModel, sequences
     """The table of perplexities by position: each variant is built, scored and dropped before the next."""
     variants: dict[str, Callable[[], verification.Score]] = {
         "teacher": lambda: verification.score_teacher(teacher),
-        "window-only": lambda: verification.score_converted(verification.window_only(model)),
-        "window-only, equal bytes": lambda: verification.score_converted(
-            verification.window_only(model, equal_bytes=True)
-        ),
+        "window-only": lambda: verification.score_converted(window_only(model)),
+        "window-only, equal bytes": lambda: verification.score_converted(window_only(model, equal_bytes=True)),
         "converted": lambda: verification.score_converted(model),
     }
     rows: dict[str, Any] = {}

@@ -19,7 +19,9 @@ AddVerb = Callable[[argparse.ArgumentParser], Callable[[argparse.Namespace], int
 # Entry points carry no text, and importing a verb only to list it would load all that it needs.
 SUMMARIES = {
     "convert": "turn a pretrained transformer into a recurrent model",
+    "distill": "train a converted model to follow its teacher beyond the window",
     "verify": "measure a converted model against its teacher",
+    "eval": "say what a converted model's state is worth, beside windows of the same bytes",
     "generate": "continue a text",
     "chat": "talk to a model in the terminal",
     "serve": "answer the OpenAI HTTP API",

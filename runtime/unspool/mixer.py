@@ -80,9 +80,7 @@ class LinearizedAttention(nn.Module):
         """The near part, and the state's read-out [B, T, H_kv, G, D], with its mass as one more channel where the
         state is normalised."""
         part = self.attend_near(heads, context, state)
-        mixed = self.spec.join == "mixed"
-        written = self._tokens_for_state(heads, context) if mixed else self._left_tokens(heads, part, context)
-        return part.output, self.read_state(heads.q, written, context, state)
+        return part.output, self.read_state(heads.q, self.tokens_for_state(heads, part, context), context, state)
 
     def attend_near(self, heads: Heads, context: StepContext, state: LayerState | None) -> near.NearPart:
         """Softmax over sinks, window and bank; writes the tokens into them when there is a state."""
@@ -153,11 +151,11 @@ class LinearizedAttention(nn.Module):
         context.rows.write(state["slot_values"], ends[1])
         return output
 
-    def _tokens_for_state(self, heads: Heads, context: StepContext) -> "StateTokens":
-        keys = context.query.apply(heads.k) if self.spec.state_rope else heads.k
-        return StateTokens.of(keys, heads.v, context.valid, heads.k)
-
-    def _left_tokens(self, heads: Heads, part: near.NearPart, context: StepContext) -> "StateTokens":
+    def tokens_for_state(self, heads: Heads, part: near.NearPart, context: StepContext) -> "StateTokens":
+        """What the state is given: every token in a mixed join, else those that left the near set."""
+        if self.spec.join == "mixed":
+            keys = context.query.apply(heads.k) if self.spec.state_rope else heads.k
+            return StateTokens.of(keys, heads.v, context.valid, heads.k)
         keys = part.left_keys if self.spec.state_rope else near.unrotated_left_keys(part, self.spec, context)
         return StateTokens.of(keys, part.left_values, part.left, heads.k)
 

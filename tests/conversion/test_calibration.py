@@ -10,13 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
 
 from unspool import PRESETS, UnspoolConfig
-from unspool.batch import step_context
+from unspool.batch import StepContext, step_context
 from unspool.config import linearize_block
 from unspool.errors import UserError
-from unspool.mixer import LinearizedAttention
+from unspool.mixer import Heads, LinearizedAttention
 from unspool.mixer_spec import MixerSpec
 from unspool.rotary import Rotary
 from unspool_conversion import convert as convert_module
+from unspool_conversion.bank_calibration import calibrate_bank
 from unspool_conversion.calibration import BIASES, HALF_LIVES, OFF, Teacher, _output_error, calibrate, teacher_attention
 from unspool_conversion.convert import convert
 from unspool_conversion.estimates import estimate_seconds
@@ -169,7 +170,7 @@ def test_the_error_searched_is_the_error_of_the_join(near_mass: Any) -> None:
     target = teacher_attention(heads, context, None)
     off = mixer.join_disjoint(*mixer.attend_both(heads, context), context) - target
     image = torch.einsum("bthgd,nhgd->bthgn", off, mixer.o_proj.weight.unflatten(1, (2, 2, 8)))
-    found = _output_error(mixer, heads, target, context).at(1.5)
+    found = _output_error(mixer, *mixer.attend_both(heads, context), target).at(1.5)
     torch.testing.assert_close(found[:, 10:], image.square().sum(-1)[:, 10:], rtol=1e-3, atol=1e-5)
 
 
@@ -189,3 +190,59 @@ def test_the_embedding_is_never_converted_whole() -> None:
         calibrate(Teacher(config, load, [None]), torch.randint(0, 100_000, (1, 32)), lambda done, total: None)
     largest = max(event.self_cpu_memory_usage for event in record.events())
     assert 0 < largest < weights["model.embed_tokens.weight"].nbytes
+
+
+def test_a_bank_keeps_the_tokens_that_the_teacher_will_attend_to() -> None:
+    """Every query looks for channel 0, and one token in ten has it: a window of the last tokens cannot hold them."""
+    torch.manual_seed(0)
+    spec = MixerSpec(window=8, sinks=0, bank=16)
+    config = config_of(spec, hidden_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    mixer = LinearizedAttention(config, spec)
+    heads, wanted = heads_with_rare_tokens(sequences=2, length=512)
+    context = step_context((2, 512), Rotary(config), torch.float32, torch.device("cpu"))
+    with torch.inference_mode():
+        target = teacher_attention(heads, context, None)
+        report = calibrate_bank(mixer, heads, target, context, None)
+        held = attended_positions(mixer, heads, context)
+    assert all(aging > 0 for aging in report["bank_aging"])
+    assert report["bank_error_of_longer_window"] < 0.5
+    late = torch.arange(256, 512)
+    rare = [len(held[t] & set(wanted[0].nonzero().flatten().tolist())) for t in late.tolist()]
+    assert sum(rare) / len(rare) > 12  # of 16 rows; the last 16 tokens would hold one or two
+
+
+def test_a_bank_on_text_that_says_nothing_is_a_longer_window() -> None:
+    spec = MixerSpec(window=8, sinks=0, bank=16)
+    config = config_of(spec, num_attention_heads=2, num_key_value_heads=1)
+    mixer = LinearizedAttention(config, spec)
+    heads, _ = heads_with_rare_tokens(sequences=1, length=24)
+    context = step_context((1, 24), Rotary(config), torch.float32, torch.device("cpu"))
+    with torch.inference_mode():
+        report = calibrate_bank(mixer, heads, teacher_attention(heads, context, None), context, None)
+    assert report == {"bank_aging": [0.0], "bank_error_of_longer_window": 1.0}
+    assert mixer.far is not None and mixer.far.bank is not None
+    assert bool((mixer.far.bank.weight == 0).all()) and mixer.far.bank.aging.tolist() == [1.0]
+
+
+def heads_with_rare_tokens(sequences: int, length: int) -> tuple[Heads, torch.Tensor]:
+    """Heads whose last channel pair, which hardly rotates, says which keys every query wants; and which those are."""
+    generator = torch.Generator().manual_seed(1)
+    wanted = torch.rand(sequences, length, generator=generator) < 0.1
+    k = 0.1 * torch.randn(sequences, length, 1, 8, generator=generator)
+    k[..., 3] += 12.0 * wanted[..., None]
+    q = 0.1 * torch.randn(sequences, length, 1, 2, 8, generator=generator)
+    q[..., 3] += 2.0
+    return Heads(q, k, torch.randn(sequences, length, 1, 8, generator=generator)), wanted
+
+
+def attended_positions(mixer: LinearizedAttention, heads: Heads, context: StepContext) -> list[set[int]]:
+    """What the bank of the first sequence holds at each token."""
+    part = mixer.attend_near(heads, context, None)
+    held, now = [], set[int]()
+    for token in range(heads.k.shape[1]):
+        if token - mixer.spec.window >= mixer.spec.sinks:
+            now.add(token - mixer.spec.window)
+        if bool(part.left[0, token]):
+            now.discard(int(part.left_positions[0, token, 0]))
+        held.append(set(now))
+    return held

@@ -15,6 +15,7 @@ from unspool import UnspoolForCausalLM
 from unspool.cache import UnspoolCache
 from unspool.loading import load
 from unspool_conversion import verification
+from unspool_conversion.evaluation import variants
 
 PROMPTS = ["The capital of France is", "def fibonacci(n):\n", "Once upon a time, in a village by the sea,"]
 
@@ -101,7 +102,7 @@ def test_an_untrained_conversion_is_no_worse_than_its_window_at_any_position(
         source = request.getfixturevalue("smollm2_gguf")
         request.getfixturevalue("run_unspool")("convert", source, directory, "--window", str(window))
     model = load(directory).model
-    scores = [verification.score_converted(variant) for variant in (model, verification.window_only(model))]
+    scores = [verification.score_converted(variant) for variant in (model, variants.window_only(model))]
     converted, window_only = (verification.perplexity_by_position(score, texts, lambda: None) for score in scores)
     for positions, perplexity in converted.items():
         assert perplexity <= window_only[positions] * (1 + 1e-6), positions

@@ -1,0 +1,1 @@
+"""Training of converted models against their teachers."""
