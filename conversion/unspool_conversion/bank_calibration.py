@@ -42,11 +42,12 @@ def calibrate_bank(
     best = recent = torch.stack([layer.near_error(sequence) for sequence in sequences]).sum(0)
     chosen = torch.zeros(mixer.num_kv_heads)
     if samples is not None:
+        folds = [samples.fit(without=sequence if len(sequences) > 1 else None) for sequence in sequences]
         for aging in AGINGS:
             priority.aging.fill_(aging)
             errors = []
             for sequence in sequences:
-                priority.weight.copy_(samples.fit(without=sequence if len(sequences) > 1 else None))
+                priority.weight.copy_(folds[sequence])
                 errors.append(layer.near_error(sequence))
             error = torch.stack(errors).sum(0)
             chosen = torch.where(error < best, aging, chosen)

@@ -180,13 +180,13 @@ def _calibrate_layer(
     best_choice = torch.full((mixer.num_kv_heads,), len(half_lives) - 1)
     best_bias = torch.full((mixer.num_kv_heads, mixer.group), OFF)
     window_error = torch.zeros(mixer.num_kv_heads)
-    part = mixer.attend_near(heads, context, None)
-    written = mixer.tokens_for_state(heads, part, context)
+    near = mixer.attend_near(heads, context, None)
+    written = mixer.tokens_for_state(heads, near, context)
     for choice, half_life in enumerate(half_lives) if ranges else ():
         if half_life is not None:
             far.gate_bias.fill_(gate_logit(half_life))
         read = mixer.read_state(heads.q, written, context, None)
-        parts = _output_error(mixer, part.output, read, target)
+        parts = _output_error(mixer, near.output, read, target)
         window_error = torch.stack([_sum_range(parts.near, part) for part in ranges]).sum(0).sum(-1)
         error, bias = _best_bias(parts, ranges)
         better = error.sum(-1) < best_error

@@ -102,8 +102,12 @@ def _chunk(
     left_keys = torch.cat([past.keys.transpose(1, 2), heads.k], dim=1)[:, :tokens]
     left_values = torch.cat([past.values.transpose(1, 2), heads.v], dim=1)[:, :tokens]
     leaving = _left_window(left_keys, left_values, spec, context)
+    stored = None
     if priority is not None:
-        banked, leaving = _bank_chunk(heads.q, leaving, spec, priority, context, state)
+        if state is not None and context.rows is not None:
+            scores, positions = context.rows.read(state["bank_scores"]), context.rows.read(state["bank_positions"])
+            stored = entries_of(keys, values, spec, scores, positions)
+        banked, leaving = _bank_chunk(heads.q, leaving, spec, priority, context, stored)
         output = _join(output, banked)
     if state is not None and context.rows is not None:
         near = sinks + window
@@ -112,6 +116,9 @@ def _chunk(
         )
         context.rows.write(state["near_keys"], keys)
         context.rows.write(state["near_values"], values)
+        if stored is not None:
+            context.rows.write(state["bank_scores"], stored.scores)
+            context.rows.write(state["bank_positions"], stored.positions)
     return NearPart(output, *leaving)
 
 
@@ -121,26 +128,16 @@ def _bank_chunk(
     spec: MixerSpec,
     priority: BankPriority,
     context: StepContext,
-    state: LayerState | None,
+    stored: bank.Entries | None,
 ) -> tuple[ring_window.NearOutput, _Left]:
-    """The bank's share of the near set, and what falls out of it."""
+    """The bank's share of the near set, and what falls out of it; advances `stored` in place, if given."""
     offered = _offer(leaving, priority, spec, context)
+    entries = stored if stored is not None else no_entries(leaving.keys, spec)
     filled = rows_filled(context.start, spec)
-    if state is None:
-        entries = no_entries(leaving.keys, spec)
-    else:
-        assert context.rows is not None
-        keys, values = context.rows.read(state["near_keys"]), context.rows.read(state["near_values"])
-        scores, positions = context.rows.read(state["bank_scores"]), context.rows.read(state["bank_positions"])
-        entries = entries_of(keys, values, spec, scores, positions)
     decided = bank.plan(entries, offered, priority.aging, filled, reach(context.rotary), spec.window)
     output, evicted = bank.chunk(q, entries, offered, decided)
-    if state is not None and context.rows is not None:
-        bank.write(entries, offered, decided)
-        context.rows.write(state["bank_scores"], scores)
-        context.rows.write(state["bank_positions"], positions)
-        context.rows.write(state["near_keys"], keys)
-        context.rows.write(state["near_values"], values)
+    if stored is not None:
+        bank.write(stored, offered, decided)
     return output, _left(evicted, spec, context)
 
 

@@ -201,8 +201,9 @@ def test_state_bytes_do_not_depend_on_the_length() -> None:
     assert pool.positions == [150]
 
 
-def test_slots_in_any_order_give_each_sequence_its_own_result() -> None:
-    model, ids = build(LAYERS["disjoint"]), tokens(3, 20)
+@pytest.mark.parametrize("layer", ["disjoint", "disjoint-bank"])
+def test_slots_in_any_order_give_each_sequence_its_own_result(layer: str) -> None:
+    model, ids = build(LAYERS[layer]), tokens(3, 20)
     pool = StatePool(model.config, 6, torch.float32, "cpu")
     untouched = pool.layers[0]["far"][[0, 2, 3]].clone()
     with torch.no_grad():
