@@ -33,9 +33,10 @@ class StoredModel:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  this is no mapping
                     self._files[name] = path
-        for name in sorted(self._files):
-            tensor = self.load(name)
-            self.planned.append(PlannedTensor(name, name, UNCHANGED, tuple(tensor.shape), tensor.dtype))
+                    stored = file.get_slice(name)  # whose header says all: no weight is read
+                    shape, dtype = tuple(stored.get_shape()), stored[:0].dtype
+                    self.planned.append(PlannedTensor(name, name, UNCHANGED, shape, dtype))
+        self.planned.sort(key=lambda tensor: tensor.name)
 
     def load(self, name: str) -> Tensor:
         """Raises KeyError for a name that the model does not have."""
