@@ -24,7 +24,7 @@ from unspool.far import FarFeatures, gate_logit
 from unspool.mixer import SMALLEST_MASS, Heads, LinearizedAttention
 from unspool.mixer_spec import MixerSpec
 from unspool.rotary import Rotary
-from unspool_conversion.bank_calibration import calibrate_bank, output_gram
+from unspool_conversion.bank_calibration import BankText, calibrate_bank, output_gram
 from unspool_kernels.reference.ring_window import NearOutput
 
 HALF_LIVES = (64.0, 256.0, 1024.0)
@@ -173,7 +173,9 @@ def _calibrate_layer(
     what they were."""
     assert mixer.far is not None
     far, spec = mixer.far, mixer.spec
-    chosen = calibrate_bank(mixer, heads, target, context, teacher_window) if far.bank is not None else {}
+    chosen = {}
+    if far.bank is not None:
+        chosen = calibrate_bank(mixer, BankText(heads, target, context.rotary), teacher_window)
     ranges = list(_position_ranges(spec.near_tokens, heads.q.shape[1]))
     half_lives = HALF_LIVES if spec.gate in ("scalar", "fixed") else (None,)
     best_error = torch.full((mixer.num_kv_heads,), torch.inf)

@@ -17,7 +17,8 @@ from unspool.mixer import Heads, LinearizedAttention
 from unspool.mixer_spec import MixerSpec
 from unspool.rotary import Rotary
 from unspool_conversion import convert as convert_module
-from unspool_conversion.bank_calibration import calibrate_bank
+from unspool_conversion.bank_calibration import BankText, calibrate_bank
+from unspool_conversion.bank_regression import RIDGE, Moments
 from unspool_conversion.calibration import BIASES, HALF_LIVES, OFF, Teacher, _output_error, calibrate, teacher_attention
 from unspool_conversion.convert import convert
 from unspool_conversion.estimates import estimate_seconds
@@ -202,13 +203,35 @@ def test_a_bank_keeps_the_tokens_that_the_teacher_will_attend_to() -> None:
     context = step_context((2, 512), Rotary(config), torch.float32, torch.device("cpu"))
     with torch.inference_mode():
         target = teacher_attention(heads, context, None)
-        report = calibrate_bank(mixer, heads, target, context, None)
+        report = calibrate_bank(mixer, BankText(heads, target, context.rotary), None)
         held = attended_positions(mixer, heads, context)
     assert all(aging > 0 for aging in report["bank_aging"])
     assert report["bank_error_of_longer_window"] < 0.5
     late = torch.arange(256, 512)
     rare = [len(held[t] & set(wanted[0].nonzero().flatten().tolist())) for t in late.tolist()]
     assert sum(rare) / len(rare) > 12  # of 16 rows; the last 16 tokens would hold one or two
+
+
+def test_moments_of_parts_add_up_and_solve_the_ridge_regression() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(300, 2, 6, generator=generator) * torch.tensor([1.0, 10.0, 0.1, 3.0, 1.0, 1.0]) + 5.0
+    x[..., 5] = 7.0  # says nothing
+    y = (x[..., 0] - 4.0 * x[..., 2]) + 0.1 * torch.randn(300, 2, generator=generator)
+    whole = Moments.of(x, y)
+    parts = Moments.of(x[:100], y[:100]).plus(Moments.of(x[100:], y[100:]))
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(whole.minus(Moments.of(x[:100], y[:100])).solve(), Moments.of(x[100:], y[100:]).solve())
+    for head in range(2):
+        varying = x[:, head, :5].double()
+        scale = varying.std(0, correction=0)
+        standard = (varying - varying.mean(0)) / scale
+        # Ridge regression as ordinary least squares with one more row a feature.
+        rows = torch.cat([standard, (RIDGE * 300) ** 0.5 * torch.eye(5, dtype=torch.float64)])
+        wanted = torch.cat([y[:, head].double() - y[:, head].double().mean(), torch.zeros(5, dtype=torch.float64)])
+        expected = torch.linalg.lstsq(rows, wanted[:, None]).solution[:, 0] / scale
+        torch.testing.assert_close(whole.solve()[head, :5], expected.float(), rtol=1e-4, atol=1e-5)
+    assert bool((whole.solve()[:, 5] == 0).all())
 
 
 def test_a_bank_on_text_that_says_nothing_is_a_longer_window() -> None:
@@ -218,7 +241,8 @@ def test_a_bank_on_text_that_says_nothing_is_a_longer_window() -> None:
     heads, _ = heads_with_rare_tokens(sequences=1, length=24)
     context = step_context((1, 24), Rotary(config), torch.float32, torch.device("cpu"))
     with torch.inference_mode():
-        report = calibrate_bank(mixer, heads, teacher_attention(heads, context, None), context, None)
+        target = teacher_attention(heads, context, None)
+        report = calibrate_bank(mixer, BankText(heads, target, context.rotary), None)
     assert report == {"bank_aging": [0.0], "bank_error_of_longer_window": 1.0}
     assert mixer.far is not None and mixer.far.bank is not None
     assert bool((mixer.far.bank.weight == 0).all()) and mixer.far.bank.aging.tolist() == [1.0]

@@ -30,6 +30,7 @@ from unspool_conversion.teacher_config import translate_config
 SaveTeacher = Callable[..., Path]
 StoredTensors = Callable[[Path], dict[str, torch.Tensor]]
 
+BANK = "{kind: bank}"
 LAYERWISE = "{kind: layerwise, steps: 4, batch: 2, least_bias: -4, evaluations: 2}"
 LOGITS = """{kind: logits, steps: 5, batch: 2, lora: [q_proj, v_proj], lora_lr: 0.01, window_dropout: 0.5,
   dropout_windows: [4, 8], warmup: 1, gradient_noise: 0.001}"""
@@ -267,18 +268,17 @@ def trained_bits(destination: Path, stored_tensors: StoredTensors) -> dict[str, 
 def test_a_stopped_run_ends_with_the_bits_of_an_unbroken_one(
     make_model: Callable[..., Any], tmp_path: Path, text: Path, stored_tensors: StoredTensors
 ) -> None:
-    model, recipe = make_model(), tmp_path / "recipe.yaml"
-    recipe.write_text(recipe_text(LAYERWISE, LOGITS.replace("steps: 5", "steps: 15")))
+    model, recipe = make_model(overrides={"bank": 8}), tmp_path / "recipe.yaml"
+    recipe.write_text(recipe_text(BANK, LAYERWISE, LOGITS.replace("steps: 5", "steps: 15")))
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     finished = subprocess.run(command(model, unbroken, text, recipe), check=True, capture_output=True, text=True)
     summary = finished.stdout.splitlines()
     assert summary[0].startswith(f"{unbroken}: ") and "parameters trained" in summary[0]
-    assert summary[1].startswith("stage 1, layerwise: 3 layers fitted") and summary[2].startswith(
-        "stage 2, logits: held"
-    )
+    starts = ("stage 1, bank: 3 layers", "stage 2, layerwise: 3 layers fitted", "stage 3, logits: held")
+    assert all(line.startswith(start) for line, start in zip(summary[1:], starts, strict=False))
     log = run_directory(broken) / "loss.jsonl"
-    # In the first layer, in the second, and in the second stage.
-    for lines, number in ((2, signal.SIGKILL), (6, signal.SIGINT), (14, signal.SIGKILL)):
+    # Among the banks, in the first fitted layer, in the second, and in the last stage.
+    for lines, number in ((2, signal.SIGKILL), (5, signal.SIGKILL), (9, signal.SIGINT), (17, signal.SIGKILL)):
         words = command(model, broken, text, recipe) + (["--resume"] if log.exists() else [])
         process = subprocess.Popen(words, stderr=subprocess.PIPE)
         wait_for_lines(process, log, lines)
@@ -372,6 +372,37 @@ def test_a_layer_with_a_bank_is_trained_around_it(
     for name, tensor in after.items():
         if ".far." in name:
             assert torch.equal(tensor, before[name]) == (".bank." in name)
+
+
+def test_a_bank_is_fitted_to_all_of_the_text(
+    make_model: Callable[..., Any], tmp_path: Path, text: Path, stored_tensors: StoredTensors
+) -> None:
+    model, results = make_model(overrides={"bank": 8}, teacher={"initializer_range": 0.3}), []
+    for number, sequences in enumerate((6, 6, 1)):
+        destination = tmp_path / f"out{number}"
+        report = distill(options(model, destination, text, recipe_text(f"{{kind: bank, sequences: {sequences}}}")))
+        assert report["distillation"]["tokens"] == 3 * 96 * sequences
+        assert report["exact_tokens"] == load_report(model[1])["exact_tokens"] > 0
+        layers = report["distillation"]["stages"][0]["layers"]
+        assert all(0 < layer["bank_error_of_longer_window"] <= 1 for layer in layers)
+        assert any(aging > 0 for layer in layers for aging in layer["bank_aging"])
+        records = [json.loads(line) for line in (destination / "loss.jsonl").read_text().splitlines()]
+        assert [(record["layer"], record["loss"]) for record in records] == [
+            (layer["layer"], layer["bank_error_of_longer_window"]) for layer in layers
+        ]
+        results.append(stored_tensors(destination))
+    before = stored_tensors(model[1])
+    changed = {name.rsplit(".", 1)[0] for name, tensor in results[0].items() if not torch.equal(tensor, before[name])}
+    assert changed <= {f"model.layers.{layer}.self_attn.far.bank" for layer in range(3)} and changed
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+    assert any(not torch.equal(tensor, results[2][name]) for name, tensor in results[0].items())
+
+
+def test_a_bank_stage_says_when_there_is_no_bank(
+    make_model: Callable[..., Any], tmp_path: Path, text: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    report = distill(options(make_model(), tmp_path / "out", text, recipe_text("{kind: bank}")))
+    assert "no layer has a bank" in caplog.text and report["distillation"]["tokens"] == 0
 
 
 def test_the_seed_decides(

@@ -50,7 +50,7 @@ def test_a_recipe_comes_back_from_its_own_account() -> None:
             r"r\.yaml: stages\[0\]: unknown key 'lr'; known keys: at_",
         ),
         (HEAD + "lora: {r: 8}\n" + STAGE, r"r\.yaml: lora: unknown key 'r'; known keys: alpha, rank, targets"),
-        (HEAD + "stages: [{kind: distill}]", r"stages\[0\]: kind 'distill' is not one of layerwise, logits, finetune"),
+        (HEAD + "stages: [{kind: distill}]", r"stages\[0\]: kind 'distill' is not one of bank, layerwise"),
         (HEAD + "stages: [{kind: logits}]", r"stages\[0\]: the key 'steps' is missing"),
         (HEAD + "stages: {kind: logits}", r"stages: must be a list"),
         (HEAD + "stages: []", r"stages: is empty"),

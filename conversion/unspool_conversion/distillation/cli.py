@@ -104,6 +104,8 @@ def _summary(destination: Path, distillation: dict[str, Any]) -> str:
 
 
 def _stage_summary(stage: dict[str, Any]) -> str:
+    if stage["kind"] == "bank":
+        return _bank_summary([layer for layer in stage.get("layers", []) if "bank_aging" in layer])
     if stage["kind"] != "layerwise":
         return f"held-out loss {stage['held_out_before']:.4g} before, {stage['held_out_after']:.4g} after"
     fitted = [layer for layer in stage["layers"] if "error_after" in layer]
@@ -111,3 +113,10 @@ def _stage_summary(stage: dict[str, Any]) -> str:
         return "no layer had anything to fit"
     before, after = (sum(layer[key] for layer in fitted) / len(fitted) for key in ("error_before", "error_after"))
     return f"{len(fitted)} layers fitted, mean error {before:.4g} before, {after:.4g} after"
+
+
+def _bank_summary(layers: list[dict[str, Any]]) -> str:
+    if not layers:
+        return "no layer has a bank"
+    ratio = sum(layer["bank_error_of_longer_window"] for layer in layers) / len(layers)
+    return f"{len(layers)} layers fitted, mean error {ratio:.4g} of a longer window's"

@@ -14,12 +14,13 @@ from unspool.config import UnspoolConfig
 from unspool.errors import UserError
 from unspool.loading import LoadedModel, load
 from unspool_conversion.distillation.adapter import describe_base, fingerprint
+from unspool_conversion.distillation.bank_fit import run_bank
 from unspool_conversion.distillation.corpus import Corpus, check_tokenizer, read_corpus
 from unspool_conversion.distillation.end_to_end import run_end_to_end
 from unspool_conversion.distillation.layerwise import run_layerwise
 from unspool_conversion.distillation.output import StoredModel, write_output
 from unspool_conversion.distillation.progress import has_checkpoint
-from unspool_conversion.distillation.recipe import LayerwiseStage, LogitsStage, Recipe
+from unspool_conversion.distillation.recipe import BankStage, LayerwiseStage, LogitsStage, Recipe
 from unspool_conversion.distillation.run import Run, RunOptions
 from unspool_conversion.distillation.student import Student, first_far_position
 from unspool_conversion.distillation.teachers import SharedTeacher, SourceTeacher, Teacher
@@ -168,7 +169,9 @@ def _train(run: Run) -> None:
         stage = stages[progress.stage]
         if len(progress.stages) == progress.stage:
             progress.stages.append({"kind": stage.kind})
-        if isinstance(stage, LayerwiseStage):
+        if isinstance(stage, BankStage):
+            run_bank(run, stage)
+        elif isinstance(stage, LayerwiseStage):
             run_layerwise(run, stage)
         else:
             run_end_to_end(run, stage)

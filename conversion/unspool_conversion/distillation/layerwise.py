@@ -4,55 +4,30 @@ Holds the text's stream before one layer and what the teacher's attention adds t
 layer, and no vocabulary is involved.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from unspool.decoder import Block
 from unspool_conversion.distillation.layer_losses import LayerLoss, output_error, training_loss
+from unspool_conversion.distillation.layer_walk import LayerText, walk_layers
 from unspool_conversion.distillation.optimization import Group, NonFiniteGradient, Optimization, cosine, is_evaluated
 from unspool_conversion.distillation.randomness import batch_rows, generator
 from unspool_conversion.distillation.recipe import LayerwiseStage
 from unspool_conversion.distillation.run import Run
-from unspool_conversion.distillation.student import Student, attend_as_teacher, first_far_position, without_adapter
-
-_TOKENS_AT_ONCE = 8192
-
-
-@dataclass(frozen=True)
-class LayerText:
-    """The residual stream before a layer, and what the teacher's attention adds to it there: [N, T, hidden], on the
-    CPU. The last `held_out` sequences are only measured on."""
-
-    inputs: Tensor
-    targets: Tensor
-    held_out: int
-
-    @property
-    def num_training(self) -> int:
-        return self.inputs.shape[0] - self.held_out
+from unspool_conversion.distillation.student import first_far_position
 
 
 def run_layerwise(run: Run, stage: LayerwiseStage) -> None:
     """Fits the layers that are left. Each keeps the parameters that were best on the held-out text, or the old ones."""
-    student, corpus = run.student, run.corpus
-    used = min(stage.sequences or corpus.num_training, corpus.num_training)
-    tokens = torch.cat([corpus.tokens[:used], corpus.tokens[corpus.num_training :]])
-    stream = _embed(student, tokens)
     layers = run.progress.stages[run.progress.stage].setdefault("layers", [])
-    total = len(student.layers) * stage.steps
+    total = len(run.student.layers) * stage.steps
     with tqdm(total=total, initial=run.progress.layer * stage.steps + run.progress.step, desc="layerwise") as bar:
-        for layer, block in enumerate(student.layers):
-            targets = _teacher_outputs(student, block, stream, student.teacher_windows[layer])
-            if layer >= run.progress.layer:
-                student.freeze()
-                layers.append(fit_layer(run, stage, LayerText(stream, targets, corpus.held_out), bar))
-                run.finish_layer()
-            _advance(student, block, stream, targets)
+        for text in walk_layers(run, run.corpus.first(stage.sequences)):
+            layers.append(fit_layer(run, stage, text, bar))
+            run.finish_layer()
 
 
 def fit_layer(run: Run, stage: LayerwiseStage, text: LayerText, bar: "tqdm[Any]") -> dict[str, Any]:
@@ -173,31 +148,3 @@ class _LayerFit:
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _rows_at_once(stream: Tensor) -> Iterator[slice]:
-    rows = max(1, _TOKENS_AT_ONCE // stream.shape[1])
-    return (slice(start, start + rows) for start in range(0, stream.shape[0], rows))
-
-
-@torch.no_grad()
-def _embed(student: Student, tokens: Tensor) -> Tensor:
-    embedding = student.model.model.embed_tokens
-    return torch.cat([embedding(tokens[rows].to(student.device)).cpu() for rows in _rows_at_once(tokens)])
-
-
-@torch.no_grad()
-def _teacher_outputs(student: Student, block: Block, stream: Tensor, window: int | None) -> Tensor:
-    outputs = torch.empty_like(stream)
-    with without_adapter(block):
-        for rows in _rows_at_once(stream):
-            x = stream[rows].to(student.device)
-            outputs[rows] = attend_as_teacher(block, x, student.context((x.shape[0], x.shape[1])), window)
-    return outputs
-
-
-@torch.no_grad()
-def _advance(student: Student, block: Block, stream: Tensor, outputs: Tensor) -> None:
-    """Turns the stream before the layer into the teacher's stream after it, in place."""
-    for rows in _rows_at_once(stream):
-        stream[rows] = block.feed_forward((stream[rows] + outputs[rows]).to(student.device)).cpu()

@@ -101,8 +101,12 @@ def _report(old: dict[str, Any], name: str, run: Run) -> dict[str, Any]:
     report = {key: value for key, value in old.items() if key not in ("verification", "evaluation")} | {"name": name}
     if changes_weights(run):
         report["exact_tokens"] = 0
-    # A bank's choice of tokens has no gradient.
-    trained = sum(tensor.numel() for name, tensor in run.trained().items() if ".far.bank." not in name)
+    fits_banks = any(stage.kind == "bank" for stage in run.recipe.stages)
+    trained = sum(
+        tensor.numel()
+        for name, tensor in run.trained().items()
+        if fits_banks or ".far.bank." not in name  # which tokens a bank chooses has no gradient
+    )
     # Parameters of the model itself, without the adapter's, which is merged.
     total = sum(p.numel() for key, p in run.student.parameters.items() if ".lora_" not in key)
     progress = run.progress

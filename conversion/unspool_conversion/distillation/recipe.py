@@ -79,6 +79,20 @@ class LoraOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BankStage:
+    """Fits which tokens each layer's bank holds, by regression: without gradients, one pass over the text."""
+
+    kind: ClassVar[str] = "bank"
+    lora: ClassVar[tuple[str, ...]] = ()
+
+    sequences: int | None = _integer(None, 1, 10**8)
+    """How many of the recipe's training sequences are used: their residual stream is held in memory."""
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerwiseStage:
     """Fits each layer to the teacher's attention output by itself, from the teacher's own residual stream."""
 
@@ -169,9 +183,11 @@ class FinetuneStage(LogitsStage):
             raise ValueError("lora: a finetune stage trains the weights themselves; leave it out")
 
 
-Stage = LayerwiseStage | LogitsStage | FinetuneStage
+Stage = BankStage | LayerwiseStage | LogitsStage | FinetuneStage
 
-STAGES: dict[str, type[Stage]] = {stage.kind: stage for stage in (LayerwiseStage, LogitsStage, FinetuneStage)}
+STAGES: dict[str, type[Stage]] = {
+    stage.kind: stage for stage in (BankStage, LayerwiseStage, LogitsStage, FinetuneStage)
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,8 +227,9 @@ class Recipe:
         kinds = [stage.kind for stage in self.stages]
         if "finetune" not in kinds:
             return
-        if "layerwise" in kinds[kinds.index("finetune") :]:
-            raise ValueError("stages: layerwise after finetune has no frozen weights to take its targets from")
+        for kind in kinds[kinds.index("finetune") :]:
+            if kind in ("bank", "layerwise"):
+                raise ValueError(f"stages: {kind} after finetune has no frozen weights to take its targets from")
         uses_teacher = any(isinstance(stage, LogitsStage) and stage.cross_entropy < 1 for stage in self.stages)
         if self.teacher == "shared" and uses_teacher:
             raise ValueError("teacher: a finetune stage changes the shared weights; use teacher: source")

@@ -75,15 +75,14 @@ class Run:
 
     def finish_step(self, record: Mapping[str, Any], num_tokens: int, tensors: Tensors) -> None:
         """Logs a step, moves on, and keeps the state when it is time. Raises Interrupted when asked to stop."""
-        place = {"stage": self.progress.stage} | (
-            {"layer": self.progress.layer} if self.stage.kind == "layerwise" else {}
-        )
-        self.log.append(place | {"step": self.progress.step} | dict(record))
+        self._log(record, num_tokens)
         self.progress.step += 1
-        self.progress.tokens += num_tokens
         self._keep_when_due(tensors)
 
-    def finish_layer(self) -> None:
+    def finish_layer(self, record: Mapping[str, Any] | None = None, num_tokens: int = 0) -> None:
+        """Moves on to the next layer; logs the record of one that took no steps."""
+        if record is not None:
+            self._log(record, num_tokens)
         self.progress.next_layer()
         self._keep_when_due(dict)
 
@@ -136,6 +135,11 @@ class Run:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def _log(self, record: Mapping[str, Any], num_tokens: int) -> None:
+        layer = {"layer": self.progress.layer} if self.stage.kind in ("bank", "layerwise") else {}
+        self.log.append({"stage": self.progress.stage} | layer | {"step": self.progress.step} | dict(record))
+        self.progress.tokens += num_tokens
 
     def _keep_when_due(self, tensors: Tensors) -> None:
         if self._stop or time.monotonic() - self._saved >= self._options.checkpoint_seconds:
