@@ -1,12 +1,13 @@
 """Sets a layer's bank priorities: weights by regression on the teacher's attention, and what a later token is worth.
 
 The latter is searched by the error of the layer's output on sequences that the weights in question were not fitted on:
-weights look better on their own text than they are, and then too old tokens are kept. The last tokens alone are a
-candidate.
+weights look better on their own text than they are, and then too old tokens are kept. Running text alone would have
+heads forget what it rarely comes back to, so texts of another kind can be searched on beside it. The last tokens alone
+are a candidate.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -19,7 +20,7 @@ from unspool.mixer import Heads, LinearizedAttention
 from unspool.rotary import Rotary
 from unspool_conversion.bank_regression import Moments, token_moments
 
-AGINGS = (0.001, 0.002, 0.004, 0.008, 0.016)
+AGINGS = (0.0003, 0.001, 0.002, 0.004, 0.008, 0.016)
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class BankText:
     heads: Heads
     target: Tensor
     rotary: Rotary
+    weights: Sequence[Tensor] | None = None
+    """By sequence, the weights that were fitted without it; None where that is all of them."""
 
     def sequence(self, index: int) -> Heads:
         return Heads(*(part[index, None] for part in self.heads))
@@ -45,41 +48,29 @@ def calibrate_bank(mixer: LinearizedAttention, text: BankText, teacher_window: i
     each = [token_moments(text.sequence(index), context, mixer.spec.window, teacher_window) for index in sequences]
     known = [moments for moments in each if moments is not None]
     if not known:
-        return set_bank(mixer, text, None)
+        return set_bank(mixer, None, (text,))
     total = reduce(Moments.plus, known)
     folds = [total.minus(own).solve() if len(known) > 1 else total.solve() for own in known]
-    return set_bank(mixer, text, total.solve(), folds)
+    return set_bank(mixer, total.solve(), (replace(text, weights=folds),))
 
 
-def set_bank(
-    mixer: LinearizedAttention, text: BankText, weight: Tensor | None, folds: Sequence[Tensor] | None = None
-) -> dict[str, Any]:
-    """Gives the bank these weights [H_kv, F], or none, and the aging that is best on the text, where sequence i is read
-    with the weights folds[i]; returns what was chosen. Heads for which no aging is better than the last tokens hold
-    those."""
+def set_bank(mixer: LinearizedAttention, weight: Tensor | None, texts: Sequence[BankText]) -> dict[str, Any]:
+    """Gives the bank these weights [H_kv, F], or none, and the aging that is best on the texts, which count alike;
+    returns what was chosen. Heads for which no aging is better than the last tokens hold those."""
     assert mixer.far is not None and mixer.far.bank is not None
     priority, gram = mixer.far.bank, output_gram(mixer)
-    sequences = range(len(text.target))
-
-    def error(weight_of: Callable[[int], Tensor], aging: float) -> Tensor:
-        priority.aging.fill_(aging)
-        total = torch.zeros(mixer.num_kv_heads, device=gram.device)
-        for index in sequences:
-            priority.weight.copy_(weight_of(index))
-            total += _near_error(mixer, text, index, gram)
-        return total
-
-    best = recent = error(lambda _: torch.zeros_like(priority.weight), 1.0)
+    recent = _errors(mixer, texts, gram, None, aging=1.0)
+    best = torch.ones(mixer.num_kv_heads, device=gram.device)
     chosen = torch.zeros_like(best)
     if weight is not None:
         for aging in AGINGS:
-            tried = error(lambda index: weight if folds is None else folds[index], aging)
-            chosen = torch.where(tried < best, aging, chosen)
-            best = torch.minimum(tried, best)
+            tried = _errors(mixer, texts, gram, weight, aging)
+            relative = torch.where(recent > 0, tried / recent, 1.0).mean(0)
+            chosen = torch.where(relative < best, aging, chosen)
+            best = torch.minimum(relative, best)
         priority.weight.copy_(weight)
     _keep(priority, chosen)
-    ratio = float(best.sum() / recent.sum()) if float(recent.sum()) else 1.0
-    return {"bank_aging": chosen.tolist(), "bank_error_of_longer_window": ratio}
+    return {"bank_aging": chosen.tolist(), "bank_error_of_longer_window": float(best.mean())}
 
 
 def output_gram(mixer: LinearizedAttention) -> Tensor:
@@ -88,11 +79,24 @@ def output_gram(mixer: LinearizedAttention) -> Tensor:
     return torch.einsum("nhgd,nhge->hgde", weight, weight)
 
 
-def _near_error(mixer: LinearizedAttention, text: BankText, index: int, gram: Tensor) -> Tensor:
-    """The squared error [H_kv] of sinks, window and bank without a state, on one sequence."""
-    near = mixer.attend_near(text.sequence(index), text.context(1), None)
-    off = near.output.values - text.target[index]
-    return torch.einsum("bthgd,hgde,bthge->h", off, gram, off)
+def _errors(
+    mixer: LinearizedAttention, texts: Sequence[BankText], gram: Tensor, weight: Tensor | None, aging: float
+) -> Tensor:
+    """The squared error [texts, H_kv] of sinks, window and bank without a state; no weight is all zeros."""
+    assert mixer.far is not None and mixer.far.bank is not None
+    priority = mixer.far.bank
+    priority.aging.fill_(aging)
+    errors = gram.new_zeros(len(texts), mixer.num_kv_heads)
+    for error, text in zip(errors, texts, strict=True):
+        for index in range(len(text.target)):
+            if weight is None:
+                priority.weight.zero_()
+            else:
+                priority.weight.copy_(weight if text.weights is None else text.weights[index])
+            near = mixer.attend_near(text.sequence(index), text.context(1), None)
+            off = near.output.values - text.target[index]
+            error += torch.einsum("bthgd,hgde,bthge->h", off, gram, off)
+    return errors
 
 
 def _keep(priority: BankPriority, chosen: Tensor) -> None:

@@ -169,13 +169,18 @@ class _OutputError(NamedTuple):
 def _calibrate_layer(
     mixer: LinearizedAttention, heads: Heads, target: Tensor, context: StepContext, teacher_window: int | None
 ) -> dict[str, Any]:
-    """Fits the bank where there is one, searches biases, and half-lives where the gate has one, sets the best, and says
-    what they were."""
+    assert mixer.far is not None
+    chosen = {}
+    if mixer.far.bank is not None:
+        chosen = calibrate_bank(mixer, BankText(heads, target, context.rotary), teacher_window)
+    return chosen | calibrate_state(mixer, heads, target, context)
+
+
+def calibrate_state(mixer: LinearizedAttention, heads: Heads, target: Tensor, context: StepContext) -> dict[str, Any]:
+    """Searches biases, and half-lives where the gate has one, of a layer that `is_calibrated`, sets the best, and says
+    what they were. `target` is the teacher's attention output on the same sequences."""
     assert mixer.far is not None
     far, spec = mixer.far, mixer.spec
-    chosen = {}
-    if far.bank is not None:
-        chosen = calibrate_bank(mixer, BankText(heads, target, context.rotary), teacher_window)
     ranges = list(_position_ranges(spec.near_tokens, heads.q.shape[1]))
     half_lives = HALF_LIVES if spec.gate in ("scalar", "fixed") else (None,)
     best_error = torch.full((mixer.num_kv_heads,), torch.inf)
@@ -196,7 +201,7 @@ def _calibrate_layer(
         best_choice = torch.where(better, choice, best_choice)
         best_bias = torch.where(better[:, None], bias, best_bias)
     far.bias.copy_(best_bias.flatten())
-    return chosen | {
+    return {
         "half_life": _set_half_lives(far, [half_lives[choice] for choice in best_choice.tolist()]),
         "bias": best_bias.flatten().tolist(),
         "error_of_window_only": _ratio(best_error.sum(), window_error.sum()),

@@ -392,8 +392,8 @@ def test_a_bank_is_fitted_to_all_of_the_text(
         ]
         results.append(stored_tensors(destination))
     before = stored_tensors(model[1])
-    changed = {name.rsplit(".", 1)[0] for name, tensor in results[0].items() if not torch.equal(tensor, before[name])}
-    assert changed <= {f"model.layers.{layer}.self_attn.far.bank" for layer in range(3)} and changed
+    changed = {name.split(".far.")[-1] for name, tensor in results[0].items() if not torch.equal(tensor, before[name])}
+    assert {"bank.weight"} <= changed <= {"bank.weight", "bank.aging", "bias", "gate_bias"}
     assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
     assert any(not torch.equal(tensor, results[2][name]) for name, tensor in results[0].items())
 

@@ -27,8 +27,8 @@ class LayerText:
         return self.inputs.shape[0] - self.held_out
 
 
-def walk_layers(run: Run, tokens: Tensor) -> Iterator[LayerText]:
-    """The layers from the progress's on, over sequences [N, T] of which the corpus's held-out ones are the last. No
+def walk_layers(run: Run, tokens: Tensor, held_out: int) -> Iterator[LayerText]:
+    """The layers from the progress's on, over sequences [N, T] of which the last `held_out` are only measured on. No
     parameter records gradients; the consumer moves the progress on to the next layer."""
     student = run.student
     stream = _embed(student, tokens)
@@ -36,7 +36,7 @@ def walk_layers(run: Run, tokens: Tensor) -> Iterator[LayerText]:
         targets = _teacher_outputs(student, block, stream, student.teacher_windows[layer])
         if layer >= run.progress.layer:
             student.freeze()
-            yield LayerText(stream, targets, run.corpus.held_out)
+            yield LayerText(stream, targets, held_out)
         _advance(student, block, stream, targets)
 
 
