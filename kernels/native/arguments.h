@@ -77,11 +77,15 @@ struct Layer {
   const float* gate_weight;  // [state_heads, head_dim]
   const float* gate_bias;    // [state_heads]
   const float* far_bias;     // [heads]
-  void* near_keys;           // [slots, kv_heads, sinks + window, head_dim]
+  const float* bank_weight;  // [kv_heads, 4 head_dim]: what a priority makes of k, v, k^2 and v^2
+  const float* bank_aging;   // [kv_heads]
+  void* near_keys;           // [slots, kv_heads, sinks + window + bank, head_dim]
   void* near_values;
+  float* bank_scores;        // [slots, kv_heads, bank]
+  int32_t* bank_positions;
   void* far;                 // [slots, state_heads, value rows, features]
   int64_t join, gate, feature_map;
-  int64_t window, sinks;
+  int64_t window, sinks, bank;
   int64_t state_per_query_head, state_rope, near_row_max;
   int64_t features;          // features of a state key
   int64_t inverse_rotation;  // which of the model's distinct windows this layer's is
@@ -113,6 +117,7 @@ struct DecodeArguments {
   float* logits;              // [num_logits, logits_stride]
   uint8_t* workspace;
   int64_t sequences, num_logits, logits_stride, workspace_bytes;
+  int64_t record_bytes;  // of a Model and a Layer, by which the library can tell that the caller's are these
 };
 
 }  // namespace unspool

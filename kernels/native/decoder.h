@@ -2,8 +2,6 @@
 // set of pieces, and a barrier follows it. Steps and chunks of any number of sequences are the same code.
 #pragma once
 
-#include <cmath>
-
 #include "mixer.h"
 #include "packing.h"
 #include "workspace.h"
@@ -44,27 +42,11 @@ class Decoder {
       for (int64_t i = 0; i < m_.hidden; ++i) w_.hidden[t * m_.hidden + i] = unpack_one(m_.embedding, a_.tokens[t], i);
       const int64_t near_sinks = least(position, m_.position_limit);
       const MixerMemory& x = w_.mixer;
-      fill_rotation(position, (float*)x.cosine + t * half, (float*)x.sine + t * half);
-      fill_rotation(near_sinks, (float*)x.sink_cosine + t * half, (float*)x.sink_sine + t * half);
+      fill_rotation(m_, position, (float*)x.cosine + t * half, (float*)x.sine + t * half);
+      fill_rotation(m_, near_sinks, (float*)x.sink_cosine + t * half, (float*)x.sink_sine + t * half);
       for (int64_t i = 0; i < m_.num_windows; ++i)
-        fill_inverse(most(position - m_.windows[i], 0), inverse(i, 0) + t * half, inverse(i, 1) + t * half);
+        fill_inverse(m_, most(position - m_.windows[i], 0), inverse(i, 0) + t * half, inverse(i, 1) + t * half);
     });
-  }
-
-  void fill_rotation(int64_t position, float* cosine, float* sine) {
-    for (int64_t i = 0; i < m_.head_dim / 2; ++i) {
-      const double angle = (double)position * m_.frequencies[i];
-      cosine[i] = (float)(std::cos(angle) * m_.rotary_scaling);
-      sine[i] = (float)(std::sin(angle) * m_.rotary_scaling);
-    }
-  }
-
-  void fill_inverse(int64_t position, float* cosine, float* sine) {
-    for (int64_t i = 0; i < m_.head_dim / 2; ++i) {
-      const double angle = (double)position * m_.frequencies[i];
-      cosine[i] = (float)(std::cos(angle) / m_.rotary_scaling);
-      sine[i] = (float)(-std::sin(angle) / m_.rotary_scaling);
-    }
   }
 
   float* inverse(int64_t window, int64_t part) {
@@ -139,7 +121,10 @@ class Decoder {
     const Rows normed = activate(tokens_, l.qkv, [&](int64_t t, float* row) {
       rms_norm(w_.hidden + t * m_.hidden, l.input_norm, m_.hidden, (float)m_.norm_eps, row);
     });
-    team_.for_each(thread_, num_blocks(l.qkv), [&](int64_t block) {
+    // The heads' banks are spread over the blocks.
+    const int64_t blocks = num_blocks(l.qkv), banks = l.bank ? a_.sequences * m_.kv_heads : 0;
+    team_.for_each(thread_, blocks, [&](int64_t block) {
+      for (int64_t i = banks * block / blocks; i < banks * (block + 1) / blocks; ++i) update_bank(l, i);
       float* y = x.qkv + block * BLOCK_ROWS;
       block_product(l.qkv, block, normed, 0, tokens_, y, x.qkv_stride);
       if (l.qkv_bias)
@@ -162,6 +147,13 @@ class Decoder {
         merge_shards(m_, l, x, t, head, w_.position[t], row + head * m_.head_dim);
     });
     add_product(l.out, l.out_bias, mixed, [&] { fetch(l.gate_up, num_blocks(l.gate_up) / 2); });
+  }
+
+  void update_bank(const Layer& l, int64_t piece) {
+    const int64_t sequence = piece / m_.kv_heads, head = piece % m_.kv_heads, first = a_.starts[sequence];
+    const int64_t count = a_.starts[sequence + 1] - first, slot = a_.slots[sequence], position = a_.positions[sequence];
+    if (m_.state_format == FLOAT16) offer_tokens<Half>(m_, l, w_.mixer, head, slot, first, count, position);
+    else offer_tokens<float>(m_, l, w_.mixer, head, slot, first, count, position);
   }
 
   void sweep(const Layer& l, const MixerShape& s) {
@@ -237,7 +229,12 @@ class Decoder {
   Workspace w_;
 };
 
+inline bool has_our_records(const DecodeArguments& a) {
+  return a.record_bytes == (int64_t)(sizeof(Model) + sizeof(Layer));
+}
+
 inline const char* decode(const DecodeArguments* a, int threads) {
+  if (!has_our_records(*a)) return "model: of another version than this library";
   const int64_t tokens = a->starts[a->sequences];
   if (workspace_at(*a->model, nullptr, tokens, threads).bytes > a->workspace_bytes) return "workspace: too small";
   run(threads, [&](Team& team, int thread) { Decoder(*a, team, thread).run(); });
@@ -245,6 +242,7 @@ inline const char* decode(const DecodeArguments* a, int threads) {
 }
 
 inline const char* decode_workspace(const DecodeArguments* a, int threads) {
+  if (!has_our_records(*a)) return "model: of another version than this library";
   DecodeArguments* out = const_cast<DecodeArguments*>(a);
   out->workspace_bytes = workspace_at(*a->model, nullptr, a->starts[a->sequences], threads).bytes;
   return nullptr;

@@ -1,9 +1,10 @@
 // The token mixer of one layer in three stages. Stage 1 prepares each token's heads: norms, rotations, features, gates,
-// and the token that leaves the window. Stage 2 sweeps the state: a piece is some rows of one head's ring, or some value
+// and the token that leaves the near set. Stage 2 sweeps the state: a piece is some rows of one head's ring, or some value
 // rows of its matrix state, for all tokens of one sequence in order, so pieces never touch each other's memory and a
 // chunk does to it exactly what single steps do. Stage 3 merges a token's pieces. See docs/layer.md for the formulas.
 #pragma once
 
+#include "mixer_bank.h"
 #include "mixer_prepare.h"
 #include "mixer_ring.h"
 #include "mixer_state.h"

@@ -1,9 +1,29 @@
 // Stage 1 of the token mixer: each token's heads, one by one.
 #pragma once
 
+#include <cmath>
+
 #include "mixer_shape.h"
 
 namespace UNSPOOL_ISA {
+
+// What rotates a head at a position, [head_dim / 2] each; angles are formed in float64.
+inline void fill_rotation(const Model& m, int64_t position, float* cosine, float* sine) {
+  for (int64_t i = 0; i < m.head_dim / 2; ++i) {
+    const double angle = (double)position * m.frequencies[i];
+    cosine[i] = (float)(std::cos(angle) * m.rotary_scaling);
+    sine[i] = (float)(std::sin(angle) * m.rotary_scaling);
+  }
+}
+
+// What undoes it.
+inline void fill_inverse(const Model& m, int64_t position, float* cosine, float* sine) {
+  for (int64_t i = 0; i < m.head_dim / 2; ++i) {
+    const double angle = (double)position * m.frequencies[i];
+    cosine[i] = (float)(std::cos(angle) / m.rotary_scaling);
+    sine[i] = (float)(-std::sin(angle) / m.rotary_scaling);
+  }
+}
 
 UNSPOOL_INLINE void rotate(const float* x, const float* cosine, const float* sine, int64_t head_dim, float* y) {
   const int64_t half = head_dim / 2;
@@ -110,8 +130,8 @@ inline void prepare_query(const Model& m, const Layer& l, const MixerMemory& w, 
   }
 }
 
-// Stage 1 for one token and one key-value head: among the rest, takes what leaves the window out of the ring. That no
-// sequence brings more tokens than the window holds is why it is still there.
+// Stage 1 for one token and one key-value head: among the rest, takes what leaves the near set out of the ring, unless the
+// bank has decided about that. That no sequence brings more tokens than the window holds is why it is still there.
 template <typename T>
 inline void prepare_key(const Model& m, const Layer& l, const MixerMemory& w, int64_t token, int64_t head,
                         int64_t position, int64_t slot) {
@@ -123,7 +143,9 @@ inline void prepare_key(const Model& m, const Layer& l, const MixerMemory& w, in
   rotate(k, w.cosine + token * half, w.sine + token * half, d, w.rotated_k + at);
   if (!s.has_state || !writes_state(l, position)) return;
   float key[MOST_CHANNELS];
-  if (l.join == JOIN_DISJOINT) {
+  if (l.bank) {
+    std::memcpy(key, w.evicted_k + at, d * sizeof(float));
+  } else if (l.join == JOIN_DISJOINT) {
     const int64_t row = ((slot * m.kv_heads + head) * s.rows + ring_row(l, position)) * d;
     read_row((const T*)l.near_keys + row, d, key);
     if (!l.state_rope) rotate(key, w.inverse_cosine + token * half, w.inverse_sine + token * half, d, key);

@@ -1,4 +1,4 @@
-// Stage 2 of the token mixer, near: softmax over the rows of a ring.
+// Stage 2 of the token mixer, near: softmax over the rows of a ring, and of a bank behind it.
 #pragma once
 
 #include "mixer_shape.h"
@@ -98,13 +98,17 @@ inline void sweep_ring(const Model& m, const Layer& l, const MixerMemory& w, int
   const int64_t first_row = piece * rows, end_row = least(first_row + rows, s.rows);
   T* keys = (T*)l.near_keys + ((slot * m.kv_heads + head) * s.rows + first_row) * d;
   T* values = (T*)l.near_values + ((slot * m.kv_heads + head) * s.rows + first_row) * d;
+  const auto write = [&](int64_t row, const float* k, const float* v) {
+    if (row < first_row || row >= end_row) return;
+    write_row(keys + (row - first_row) * d, d, k);
+    write_row(values + (row - first_row) * d, d, v);
+  };
   for (int64_t t = first_token; t < first_token + tokens; ++t, ++position) {
-    const int64_t row = ring_row(l, position);
-    if (row >= first_row && row < end_row) {
-      write_row(keys + (row - first_row) * d, d, w.rotated_k + (t * m.kv_heads + head) * d);
-      const float* v = w.qkv + t * w.qkv_stride + (m.heads + m.kv_heads + head) * d;
-      write_row(values + (row - first_row) * d, d, v);
-    }
+    const int64_t at = t * m.kv_heads + head;
+    const float* v = w.qkv + t * w.qkv_stride + (m.heads + m.kv_heads + head) * d;
+    write(ring_row(l, position), w.rotated_k + at * d, v);
+    if (l.bank && w.bank_row[at] >= 0)
+      write(l.sinks + l.window + w.bank_row[at], w.left_k + at * d, w.left_v + at * d);
     const int64_t count = least(position + 1, end_row) - first_row;
     for (int64_t g = 0; g < s.group; g += MOST_QUERIES) {
       const float *q[MOST_QUERIES], *sink_q[MOST_QUERIES];

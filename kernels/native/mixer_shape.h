@@ -32,6 +32,11 @@ struct MixerMemory {
   float* decay;        // [state_heads, features]
   float* ring;         // [heads, ring pieces, head_dim + 2]: unnormalised output, its mass, its largest score
   float* far;          // [heads, value rows]
+  // Only where a layer has a bank:
+  float* left_k;       // [kv_heads, head_dim]: what left the window, rotated
+  float* left_v;
+  float* evicted_k;    // what was evicted, as the state reads it; its value is written_v
+  int32_t* bank_row;   // [kv_heads]: where in the bank the token that left the window stays, or -1
   const float* cosine;  // [head_dim / 2] per token
   const float* sine;
   const float* sink_cosine;
@@ -57,7 +62,7 @@ UNSPOOL_INLINE MixerShape mixer_shape(const Model& m, const Layer& l) {
   s.has_state = l.join != JOIN_WINDOW;
   s.has_normaliser = l.join == JOIN_DISJOINT;
   s.value_rows = m.head_dim + (s.has_normaliser ? 1 : 0);
-  s.rows = l.sinks + l.window;
+  s.rows = l.sinks + l.window + l.bank;
   return s;
 }
 
@@ -66,7 +71,7 @@ UNSPOOL_INLINE int64_t ring_row(const Layer& l, int64_t position) {
 }
 // Whether a token of this position gives the state something.
 UNSPOOL_INLINE bool writes_state(const Layer& l, int64_t position) {
-  return l.join == JOIN_MIXED || position - l.window >= l.sinks;
+  return l.join == JOIN_MIXED || position - l.window - l.bank >= l.sinks;
 }
 
 template <typename T>

@@ -37,12 +37,13 @@ inline Workspace workspace_at(const Model& m, uint8_t* memory, int64_t tokens, i
   Arena arena{memory};
   Workspace w;
   const int64_t half = m.head_dim / 2, attention = m.heads * m.head_dim;
-  int64_t pieces = 1, features = 0, state_heads = m.kv_heads;
+  int64_t pieces = 1, features = 0, state_heads = m.kv_heads, banked = 0;
   for (int64_t i = 0; i < m.num_layers; ++i) {
     const MixerShape s = mixer_shape(m, m.layers[i]);
     pieces = most(pieces, ring_pieces(s.rows));
     features = most(features, s.features);
     state_heads = most(state_heads, s.state_heads);
+    if (m.layers[i].bank) banked = tokens * m.kv_heads;
   }
   w.hidden = arena.take<float>(tokens * m.hidden);
   const int64_t width = round_up(most(m.hidden, attention), GROUP), inner = round_up(m.intermediate, GROUP);
@@ -63,6 +64,10 @@ inline Workspace workspace_at(const Model& m, uint8_t* memory, int64_t tokens, i
   x.decay = arena.take<float>(tokens * state_heads * features);
   x.ring = arena.take<float>(tokens * m.heads * pieces * (m.head_dim + 2));
   x.far = arena.take<float>(tokens * m.heads * (m.head_dim + 1));
+  x.left_k = arena.take<float>(banked * m.head_dim);
+  x.left_v = arena.take<float>(banked * m.head_dim);
+  x.evicted_k = arena.take<float>(banked * m.head_dim);
+  x.bank_row = arena.take<int32_t>(banked);
   float* angles = arena.take<float>(4 * tokens * half);
   x.cosine = angles;
   x.sine = angles + tokens * half;

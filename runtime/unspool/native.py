@@ -38,8 +38,6 @@ def unsupported(config: UnspoolConfig) -> str | None:
     ):
         if width % WIDTH_MULTIPLE:
             return f"{name} {width} is not a multiple of {WIDTH_MULTIPLE}"
-    if any(spec.has_state and spec.bank for spec in config.mixer_specs()):
-        return "a bank has no native kernel"
     if any(spec.has_state and spec.memory == "slots" for spec in config.mixer_specs()):
         return "slot memory has no native kernel"
     return None
@@ -119,6 +117,8 @@ def _far(attention: LinearizedAttention, format: Format) -> FarWeights:
         gate_weight=_optional(getattr(far, "gate_weight", None)),
         gate_bias=_optional(getattr(far, "gate_bias", None)),
         bias=_optional(getattr(far, "bias", None)),
+        bank_weight=_vector(far.bank.weight) if far.bank is not None else None,
+        bank_aging=_vector(far.bank.aging) if far.bank is not None else None,
     )
 
 
@@ -138,6 +138,7 @@ def _mixer(config: UnspoolConfig, spec: MixerSpec) -> LayerMixer:
         feature_map=spec.feature_map,
         window=spec.window,
         sinks=spec.sinks,
+        bank=spec.bank if spec.has_state else 0,
         features=feature_size(config, spec),
         state_per_query_head=spec.state_heads == "q",
         state_rope=spec.state_rope,

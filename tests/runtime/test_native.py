@@ -14,14 +14,20 @@ from unspool.executor import ExecutorOptions, NativeExecutor, TorchExecutor, mak
 from unspool.mixer_spec import PRESETS, MixerSpec
 from unspool.native import pack, unsupported
 from unspool.state import StatePool
+from unspool_kernels.native import decoder_program
 from unspool_kernels.native.decoder import NativeDecoder
-from unspool_kernels.native.library import available
+from unspool_kernels.native.library import Arguments, available, call
 from unspool_kernels.native.packed import Format
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native library was not built")
 
 VOCABULARY, LENGTH = 300, 90
-NATIVE_PRESETS = [name for name, spec in PRESETS.items() if spec.memory != "slots"]
+LAYERS: dict[str, MixerSpec] = {
+    **PRESETS,
+    "disjoint-bank": PRESETS["disjoint"].replace(bank=20),
+    "disjoint-bank-rotated-query-state": PRESETS["disjoint"].replace(sinks=0, bank=9, state_heads="q", state_rope=True),
+}
+NATIVE_LAYERS = [name for name, spec in LAYERS.items() if spec.memory != "slots"]
 EVERY_OPTION: dict[str, Any] = {
     "qk_norm": True,
     "attention_bias": True,
@@ -49,7 +55,7 @@ def make_model(spec: MixerSpec, **options: Any) -> UnspoolForCausalLM:
     model = UnspoolForCausalLM(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("_map", "gate_weight", "_norm.weight")):
+            if name.endswith(("_map", "gate_weight", "_norm.weight", "bank.weight")):
                 parameter.add_(0.3 * torch.randn_like(parameter))
             elif name.endswith("bias") and not name.endswith("gate_bias"):
                 parameter.normal_(0, 0.3)
@@ -57,7 +63,7 @@ def make_model(spec: MixerSpec, **options: Any) -> UnspoolForCausalLM:
 
 
 def narrow(name: str) -> MixerSpec:
-    spec = PRESETS[name]
+    spec = LAYERS[name]
     return spec.replace(window=24, sinks=min(spec.sinks, 4))
 
 
@@ -91,7 +97,7 @@ def pool_for(model: UnspoolForCausalLM, dtype: torch.dtype = torch.float32) -> S
 
 
 @pytest.mark.parametrize("options", [{}, EVERY_OPTION], ids=["plain", "every option"])
-@pytest.mark.parametrize("name", NATIVE_PRESETS)
+@pytest.mark.parametrize("name", NATIVE_LAYERS)
 def test_it_computes_what_the_model_does_in_float64(name: str, options: dict[str, Any], tokens: list[int]) -> None:
     model = make_model(narrow(name), **options)
     logits = read(pack(model, "float32"), pool_for(model), tokens, [20, 1, 24], threads=2)
@@ -99,7 +105,7 @@ def test_it_computes_what_the_model_does_in_float64(name: str, options: dict[str
     assert (logits - exact).norm() / exact.norm() < 1e-5
 
 
-@pytest.mark.parametrize("name", NATIVE_PRESETS)
+@pytest.mark.parametrize("name", NATIVE_LAYERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_steps_and_chunks_and_threads_give_the_same_bits(name: str, dtype: torch.dtype, tokens: list[int]) -> None:
     model = make_model(narrow(name))
@@ -151,8 +157,9 @@ def test_poison_in_other_slots_and_in_rows_not_yet_written_changes_nothing(token
         assert all(bool(tensor[0::2].isnan().all()) for tensor in layer.values())
 
 
-def test_a_snapshot_restored_is_as_if_the_tokens_had_never_been(tokens: list[int]) -> None:
-    model = make_model(narrow("disjoint"))
+@pytest.mark.parametrize("name", ["disjoint", "disjoint-bank"])
+def test_a_snapshot_restored_is_as_if_the_tokens_had_never_been(name: str, tokens: list[int]) -> None:
+    model = make_model(narrow(name))
     executor = NativeExecutor(model.config, pack(model, "int8"), torch.float32)
     pool = executor.new_pool(1)
     executor.logits([tokens[:50]], pool, [0])
@@ -204,6 +211,12 @@ def test_state_tensors_that_do_not_fit_are_refused_by_name() -> None:
         layers[1][name] = wrong
         with pytest.raises(ValueError, match=name):
             decoder.bind(layers)
+
+
+@pytest.mark.parametrize("arguments", [decoder_program._Decode, decoder_program._Workspace])
+def test_structures_of_another_version_are_refused_before_they_are_read(arguments: type[Arguments]) -> None:
+    with pytest.raises(ValueError, match="another version"):
+        call(arguments(record_bytes=8), 1)
 
 
 def test_the_executor_says_what_it_runs_on(caplog: pytest.LogCaptureFixture) -> None:

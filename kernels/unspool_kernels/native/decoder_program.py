@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from unspool_kernels.native.decoder_state import check_state
 from unspool_kernels.native.decoder_weights import (
     ACTIVATIONS,
     FEATURE_MAPS,
@@ -46,8 +47,12 @@ class _Layer(ctypes.Structure):
         ("gate_weight", ctypes.c_void_p),
         ("gate_bias", ctypes.c_void_p),
         ("far_bias", ctypes.c_void_p),
+        ("bank_weight", ctypes.c_void_p),
+        ("bank_aging", ctypes.c_void_p),
         ("near_keys", ctypes.c_void_p),
         ("near_values", ctypes.c_void_p),
+        ("bank_scores", ctypes.c_void_p),
+        ("bank_positions", ctypes.c_void_p),
         ("far", ctypes.c_void_p),
         *(
             (name, ctypes.c_int64)
@@ -57,6 +62,7 @@ class _Layer(ctypes.Structure):
                 "feature_map",
                 "window",
                 "sinks",
+                "bank",
                 "state_per_query_head",
                 "state_rope",
                 "near_row_max",
@@ -106,7 +112,10 @@ class _Decode(Arguments):
             (name, ctypes.c_void_p)
             for name in ("tokens", "starts", "slots", "positions", "logit_tokens", "logits", "workspace")
         ),
-        *((name, ctypes.c_int64) for name in ("sequences", "num_logits", "logits_stride", "workspace_bytes")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("sequences", "num_logits", "logits_stride", "workspace_bytes", "record_bytes")
+        ),
     ]
 
 
@@ -118,14 +127,13 @@ class DecoderProgram:
     """Runs tokens through a decoder whose state lies in these tensors. Not thread-safe: it owns one workspace."""
 
     def __init__(self, weights: DecoderWeights, state: Sequence[Mapping[str, Tensor]]) -> None:
-        """`state` has one mapping a layer: near_keys, near_values and far, as `unspool.state` lays them out, float32 or
-        float16, which stay where they are. Raises ValueError for tensors that do not fit."""
+        """`state` has one mapping a layer: near_keys, near_values, far and a bank's, as `unspool.state` lays them out,
+        float32 or float16, which stay where they are. Raises ValueError for tensors that do not fit."""
         self._weights = weights
         self._state = [dict(layer) for layer in state]
         self._windows = torch.tensor(sorted({mixer.window for _, mixer in weights.layers}))
         self._num_slots = state[0]["near_keys"].shape[0]
-        dtype = state[0]["near_keys"].dtype
-        self._model = self._describe(self._describe_layers(dtype), dtype)
+        self._model = self._describe(self._describe_layers(), state[0]["near_keys"].dtype)
         self._workspace = torch.empty(0, dtype=torch.uint8)
         self._workspace_for = (0, 0)  # tokens and threads that it is large enough for
 
@@ -163,6 +171,7 @@ class DecoderProgram:
             sequences=len(slots),
             num_logits=len(rows),
             logits_stride=logits.shape[1],
+            record_bytes=ctypes.sizeof(_Model) + ctypes.sizeof(_Layer),
         )
         self._reserve(arguments, len(flat), threads)
         call(arguments, threads)
@@ -195,22 +204,12 @@ class DecoderProgram:
         if not all(position >= 0 for position in positions):
             raise ValueError("positions: must not be negative")
 
-    def _describe_layers(self, dtype: torch.dtype) -> "ctypes.Array[_Layer]":
+    def _describe_layers(self) -> "ctypes.Array[_Layer]":
         records = (_Layer * len(self._weights.layers))()
         for index, ((weights, mixer), tensors) in enumerate(zip(self._weights.layers, self._state, strict=True)):
-            for name, shape in self._state_shapes(mixer).items():
-                _check_state(name, tensors.get(name), (self._num_slots, *shape), dtype)
+            check_state(self._weights, mixer, tensors, like=self._state[0]["near_keys"])
             records[index] = self._describe_layer(weights, mixer, tensors)
         return records
-
-    def _state_shapes(self, mixer: LayerMixer) -> dict[str, tuple[int, ...]]:
-        sizes = self._weights
-        ring = (sizes.kv_heads, mixer.sinks + mixer.window, sizes.head_dim)
-        shapes: dict[str, tuple[int, ...]] = {"near_keys": ring, "near_values": ring}
-        if mixer.join != "window":
-            heads = sizes.heads if mixer.state_per_query_head else sizes.kv_heads
-            shapes["far"] = (heads, sizes.head_dim + (mixer.join == "disjoint"), mixer.features)
-        return shapes
 
     def _describe_layer(self, weights: LayerWeights, mixer: LayerMixer, tensors: Mapping[str, Tensor]) -> _Layer:
         return _Layer(
@@ -231,14 +230,19 @@ class DecoderProgram:
             gate_weight=address(weights.far.gate_weight),
             gate_bias=address(weights.far.gate_bias),
             far_bias=address(weights.far.bias),
+            bank_weight=address(weights.far.bank_weight),
+            bank_aging=address(weights.far.bank_aging),
             near_keys=address(tensors["near_keys"]),
             near_values=address(tensors["near_values"]),
+            bank_scores=address(tensors.get("bank_scores")),
+            bank_positions=address(tensors.get("bank_positions")),
             far=address(tensors.get("far")),
             join=JOINS.index(mixer.join),
             gate=GATES.index(mixer.gate),
             feature_map=FEATURE_MAPS.index(mixer.feature_map),
             window=mixer.window,
             sinks=mixer.sinks,
+            bank=mixer.bank,
             state_per_query_head=mixer.state_per_query_head,
             state_rope=mixer.state_rope,
             near_row_max=mixer.near_row_max,
@@ -271,14 +275,3 @@ class DecoderProgram:
             rotary_scaling=weights.rotary_scaling,
             norm_eps=weights.norm_eps,
         )
-
-
-def _check_state(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tensor is None or tuple(tensor.shape) != shape:
-        raise ValueError(
-            f"state: {name} must be {shape}, not {tuple(tensor.shape) if tensor is not None else 'absent'}"
-        )
-    if tensor.dtype != dtype or dtype not in (torch.float32, torch.float16):
-        raise ValueError(f"state: {name} is {tensor.dtype}; all must be float32, or all float16")
-    if not tensor.is_contiguous() or tensor.device.type != "cpu":
-        raise ValueError(f"state: {name} must be contiguous and on the CPU")

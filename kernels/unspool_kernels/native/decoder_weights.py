@@ -22,13 +22,16 @@ WIDTH_MULTIPLE = 32
 
 @dataclass(frozen=True, kw_only=True)
 class FarWeights:
-    """What a layer's state has learned. Maps hold each head's matrix transposed, padded to whole blocks of rows."""
+    """What a layer's state has learned. Maps hold each head's matrix transposed, padded to whole blocks of rows.
+    A bank has a weight [kv_heads, 4 head_dim] of its tokens' (k, v, k^2, v^2) and an aging [kv_heads]."""
 
     query_map: PackedMatrix | None = None
     key_map: PackedMatrix | None = None
     gate_weight: Tensor | None = None
     gate_bias: Tensor | None = None
     bias: Tensor | None = None
+    bank_weight: Tensor | None = None
+    bank_aging: Tensor | None = None
 
 
 NO_FAR_WEIGHTS = FarWeights()
@@ -70,6 +73,7 @@ class LayerMixer:
     feature_map: str
     window: int
     sinks: int
+    bank: int
     features: int
     state_per_query_head: bool = False
     state_rope: bool = False
@@ -148,6 +152,7 @@ class DecoderWeights:
     def _check_mixer(self, far: FarWeights, mixer: LayerMixer) -> None:
         if mixer.window < 1 or mixer.sinks < 0:
             raise ValueError(f"window={mixer.window} must be at least 1 and sinks={mixer.sinks} not negative")
+        self._check_bank(far, mixer)
         hedgehog = mixer.feature_map == "hedgehog"
         if mixer.join != "window" and mixer.features != self.head_dim * (2 if hedgehog else 1):
             raise ValueError(f"features={mixer.features} are not those of {mixer.feature_map}")
@@ -158,6 +163,14 @@ class DecoderWeights:
             if map is None or map.format not in ("float32", "float16", "bfloat16"):
                 raise ValueError(f"{name}: must be there, in a float format")
             _check_matrix(name, map, heads * padded(self.head_dim), self.head_dim)
+
+    def _check_bank(self, far: FarWeights, mixer: LayerMixer) -> None:
+        if mixer.bank < 0 or (mixer.bank and mixer.join != "disjoint"):
+            raise ValueError(f"bank={mixer.bank} must not be negative, and needs join='disjoint'")
+        shapes = {"bank_weight": (self.kv_heads, 4 * self.head_dim), "bank_aging": (self.kv_heads,)}
+        for name, shape in shapes.items() if mixer.bank else ():
+            if (weight := getattr(far, name)) is None or weight.dtype != torch.float32 or weight.shape != shape:
+                raise ValueError(f"{name}: must be there, float32 {list(shape)}")
 
 
 def _check_matrix(name: str, matrix: PackedMatrix, rows: int, columns: int) -> None:

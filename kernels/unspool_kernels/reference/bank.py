@@ -111,15 +111,14 @@ def plan(entries: Entries, leaving: Leaving, aging: Tensor, filled: Tensor, reac
 
 
 class _Bank:
-    """One head's rows as candidate numbers, with a heap of them by worth."""
+    """One head's rows as candidate numbers, with a heap of them by worth and, among equals, by row: so does `step`."""
 
     def __init__(self, worth: list[float], positions: list[int], size: int, filled: int) -> None:
         self._worth, self._positions, self._size = worth, positions, size
         self.rows = [*range(filled), *[-1] * (size - filled)]
         self._filled = filled
-        self._row_of = {candidate: candidate for candidate in range(filled)}
-        self._at = {positions[candidate]: candidate for candidate in range(filled)}
-        self._heap = [(worth[candidate], candidate) for candidate in range(filled)]
+        self._row_at = {positions[candidate]: candidate for candidate in range(filled)}
+        self._heap = [(worth[candidate], candidate, candidate) for candidate in range(filled)]
         heapq.heapify(self._heap)
 
     def offer(self, candidate: int, too_old: int) -> int:
@@ -128,25 +127,25 @@ class _Bank:
             self._put(candidate, self._filled)
             self._filled += 1
             return -1
-        old = self._at.get(too_old, -1)
-        if old < 0:
-            old = self._least()
-            if self._worth[candidate] <= self._worth[old]:
+        row = self._row_at.get(too_old, -1)
+        if row < 0:
+            row = self._weakest_row()
+            if self._worth[candidate] <= self._worth[self.rows[row]]:
                 return candidate
-        del self._at[self._positions[old]]
-        self._put(candidate, self._row_of.pop(old))
+        old = self.rows[row]
+        del self._row_at[self._positions[old]]
+        self._put(candidate, row)
         return old
 
-    def _least(self) -> int:
-        while self._heap[0][1] not in self._row_of:
+    def _weakest_row(self) -> int:
+        while self.rows[self._heap[0][1]] != self._heap[0][2]:
             heapq.heappop(self._heap)
         return self._heap[0][1]
 
     def _put(self, candidate: int, row: int) -> None:
         self.rows[row] = candidate
-        self._row_of[candidate] = row
-        self._at[self._positions[candidate]] = candidate
-        heapq.heappush(self._heap, (self._worth[candidate], candidate))
+        self._row_at[self._positions[candidate]] = row
+        heapq.heappush(self._heap, (self._worth[candidate], row, candidate))
 
 
 def _replay(bank: _Bank, left: list[bool], positions: list[int], offset: int) -> tuple[list[int], list[list[int]]]:
