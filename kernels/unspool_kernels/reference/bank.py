@@ -115,10 +115,10 @@ class _Bank:
 
     def __init__(self, worth: list[float], positions: list[int], size: int, filled: int) -> None:
         self._worth, self._positions, self._size = worth, positions, size
-        self.rows = [*range(filled), *[-1] * (size - filled)]
+        self.rows: list[int] = [*range(filled), *[-1] * (size - filled)]
         self._filled = filled
         self._row_at = {positions[candidate]: candidate for candidate in range(filled)}
-        self._heap = [(worth[candidate], candidate, candidate) for candidate in range(filled)]
+        self._heap = [(worth[row], row, row) for row in range(filled)]
         heapq.heapify(self._heap)
 
     def offer(self, candidate: int, too_old: int) -> int:
@@ -138,9 +138,11 @@ class _Bank:
         return old
 
     def _weakest_row(self) -> int:
-        while self.rows[self._heap[0][1]] != self._heap[0][2]:
+        _, row, candidate = self._heap[0]
+        while self.rows[row] != candidate:
             heapq.heappop(self._heap)
-        return self._heap[0][1]
+            _, row, candidate = self._heap[0]
+        return row
 
     def _put(self, candidate: int, row: int) -> None:
         self.rows[row] = candidate
