@@ -1,4 +1,4 @@
-"""The verb `convert`: arguments to options, progress bars, and the account that a dry run prints."""
+"""The verb `convert`: arguments to options, progress bars, and how to go on after an interrupt."""
 
 import argparse
 import re
@@ -13,10 +13,18 @@ from tqdm import tqdm
 
 from unspool.executor import Quant
 from unspool.mixer_spec import PRESETS, FeatureMap, Gate, Join, StateHeads
+from unspool_conversion.conversion_summary import describe_plan, describe_result
 from unspool_conversion.convert import ConversionResult, Progress, convert, prepare
-from unspool_conversion.estimates import estimate_seconds
+from unspool_conversion.kept_softmax import LayerChoice, parse_layer_choice
 from unspool_conversion.options import CalibrationOptions, ConvertOptions, OutputDtype, PerLayer, parse_per_layer
-from unspool_conversion.plan import ConversionPlan
+from unspool_conversion.shipped_adapters import find_adapter, shipped_adapters
+from unspool_conversion.trained_conversion import (
+    TrainingOptions,
+    check_training,
+    convert_and_train,
+    work_directory,
+)
+from unspool_conversion.training_arguments import add_training_arguments, training_options
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", re.IGNORECASE)
 _SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -44,27 +52,46 @@ def add_convert(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace
     parser.add_argument("--dry-run", action="store_true", help="print the account of the conversion, write nothing")
     _add_mixer_arguments(parser)
     _add_calibration_arguments(parser)
+    add_training_arguments(parser)
     parser.add_argument(
-        "--adapter", type=Path, metavar="DIR", help="apply what `unspool distill` trained, instead of calibrating"
+        "--adapter",
+        metavar="DIR|NAME",
+        help="apply what `unspool distill` trained, instead of calibrating, to the layers that it was trained for; "
+        f"shipped: {', '.join(shipped_adapters())}",
     )
     return run_convert
 
 
 def run_convert(arguments: argparse.Namespace) -> int:
-    """Converts, or prints what a conversion would do. Raises UserError for what the user can put right."""
-    options = _options(arguments)
+    """Converts, or prints what a conversion would do. Raises UserError for what the user can put right; an interrupt
+    while a recipe trains leaves a run that can be resumed."""
+    options, training = _options(arguments), training_options(arguments)
     if arguments.dry_run:
-        sys.stdout.write(_account(prepare(options).plan, options))
+        prepared = prepare(options)
+        if training is not None:
+            check_training(training, prepared)
+        sys.stdout.write(describe_plan(prepared.plan, options, training))
         return 0
     # A polite kill cleans up as an interrupt does.
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with closing(_Bar("calibrate", "layer")) as calibrated, closing(_Bar("write", "B")) as written:
-            result = convert(options, Progress(calibrated=calibrated.move_to, written=written.move_to))
+            result = _convert(options, training, Progress(calibrated=calibrated.move_to, written=written.move_to))
     finally:
         signal.signal(signal.SIGTERM, previous)
-    sys.stdout.write(_summary(result))
+    sys.stdout.write(describe_result(result))
     return 0
+
+
+def _convert(options: ConvertOptions, training: TrainingOptions | None, progress: Progress) -> ConversionResult:
+    if training is None:
+        return convert(options, progress)
+    try:
+        return convert_and_train(options, training, progress)
+    except KeyboardInterrupt:
+        if work_directory(options.destination.expanduser()).exists():
+            sys.stderr.write("\nstopped; the same command with --resume goes on from there\n")
+        raise
 
 
 def _add_mixer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +110,19 @@ def _add_mixer_arguments(parser: argparse.ArgumentParser) -> None:
         type=_parse_per_layer,
         default=PerLayer(None, ()),
         help="tokens beyond the window kept exactly, those that the teacher is likeliest to need",
+    )
+    group.add_argument(
+        "--keep-softmax",
+        type=_parse_layer_choice,
+        metavar="LAYERS",
+        help="layers that keep the source's full attention, every:8 or 0,15,29; sessions then take memory for every "
+        "token that these can see",
+    )
+    group.add_argument(
+        "--softmax-capacity",
+        type=_parse_count,
+        metavar="TOKENS",
+        help="that those layers see; from there on they slide (default: what the source was made for)",
     )
 
 
@@ -129,12 +169,14 @@ def _options(arguments: argparse.Namespace) -> ConvertOptions:
         window=arguments.window,
         sinks=arguments.sinks,
         bank=arguments.bank,
+        keep_softmax=arguments.keep_softmax,
+        softmax_capacity=arguments.softmax_capacity,
         dtype=arguments.dtype,
         quant=arguments.quant,
         max_shard_bytes=arguments.max_shard_size,
         overwrite=arguments.overwrite,
         calibration=calibration,
-        adapter=arguments.adapter,
+        adapter=None if arguments.adapter is None else find_adapter(arguments.adapter),
     )
 
 
@@ -159,8 +201,15 @@ def _parse_per_layer(text: str) -> PerLayer:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _parse_layer_choice(text: str) -> LayerChoice:
+    try:
+        return parse_layer_choice(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 class _Bar:
-    """A progress bar that appears with the first step."""
+    """A progress bar that appears with the first step and is left alone after the last one."""
 
     def __init__(self, description: str, unit: str) -> None:
         self._options = {"desc": description, "unit": unit, "unit_scale": unit == "B", "file": sys.stderr}
@@ -170,38 +219,10 @@ class _Bar:
         if self._bar is None:
             self._bar = tqdm(total=total, **self._options)
         self._bar.update(done - self._bar.n)
+        if done == total:
+            self.close()
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-def _account(plan: ConversionPlan, options: ConvertOptions) -> str:
-    accounting, sizes = plan.accounting(), plan.sizes()
-    seconds = estimate_seconds(plan, options.calibration.num_tokens)
-    lines = [
-        ("source tensors", f"{accounting['source_tensors']:,}"),
-        ("  used", f"{accounting['used']:,}"),
-        ("  dropped", f"{len(accounting['dropped']):,}"),
-        *((f"    {name}", reason) for name, reason in accounting["dropped"].items()),
-        ("destination tensors", f"{accounting['destination_tensors']:,}"),
-        ("  from the source", f"{accounting['used']:,}"),
-        ("  new", f"{len(accounting['new']):,}"),
-        ("parameters", f"{sizes['parameters']:,}"),
-        ("  new", f"{sizes['new_parameters']:,}"),
-        ("weights", f"{sizes['weight_bytes']:,} bytes, {sizes['dtype'] if plan.quant == 'none' else plan.quant}"),
-        ("state per session", f"{sizes['state_bytes_per_session']:,} bytes at any length"),
-        ("teacher's cache", f"{sizes['teacher_cache_bytes_per_token']:,} bytes per token"),
-        ("exact up to", "any length" if plan.exact_tokens is None else f"{plan.exact_tokens:,} tokens"),
-        ("time", f"about {seconds:,.0f} s, an estimate"),
-    ]
-    width = max(len(name) for name, _ in lines) + 2
-    return "".join(f"{name:<{width}}{value}\n" for name, value in lines)
-
-
-def _summary(result: ConversionResult) -> str:
-    sizes = result.report["sizes"]
-    return (
-        f"{result.destination}: {sizes['parameters']:,} parameters ({sizes['new_parameters']:,} new), "
-        f"{sizes['state_bytes_per_session']:,} bytes of state per session\n"
-    )
+        self._bar = None

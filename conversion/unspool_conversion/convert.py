@@ -76,27 +76,38 @@ def convert(options: ConvertOptions, progress: Progress = SILENT) -> ConversionR
     then, as after any failure, the destination is as it was before.
     """
     prepared = prepare(options)
-    source, plan = prepared.source, prepared.plan
-    destination = options.destination.expanduser()
-    _check_apart(source, destination)
-    check_destination(destination, plan.num_bytes, overwrite=options.overwrite)
-    check_tied_head(source, plan)
-    mapped = MappedTensors(source, plan)
+    check_conversion(options, prepared)
+    destination, plan = options.destination.expanduser(), prepared.plan
     with staged_directory(destination, plan.num_bytes, overwrite=options.overwrite) as staging:
-        source.write_side_files(staging)
-        tokenizer = _load_tokenizer(staging, plan)
-        new = _new_parameters(options, plan, mapped, tokenizer, progress)
-        load: Callable[[str], Tensor] = partial(_tensor, new=new, mapped=mapped)
-        if options.adapter is not None:
-            load = apply_adapter(options.adapter, plan.config, load)
-        write_shards(staging, split_into_shards(plan.tensors, options.max_shard_bytes), load, progress.written)
-        plan.config.save_pretrained(staging)
-        report = {"name": destination.name} | _report(source, plan, new.report)
-        if options.adapter is not None:
-            report |= _adapter_report(options.adapter, plan)
+        report = {"name": destination.name} | write_model(staging, options, prepared, progress)
         save_report(staging, report)
         write_model_card(staging, report)
     return ConversionResult(destination, plan, report)
+
+
+def check_conversion(options: ConvertOptions, prepared: PlannedConversion) -> None:
+    """Raises UserError when the destination may not be written, or holds the source; or when a tied head is none."""
+    destination = options.destination.expanduser()
+    _check_apart(prepared.source, destination)
+    check_destination(destination, prepared.plan.num_bytes, overwrite=options.overwrite)
+    check_tied_head(prepared.source, prepared.plan)
+
+
+def write_model(
+    directory: Path, options: ConvertOptions, prepared: PlannedConversion, progress: Progress
+) -> dict[str, Any]:
+    """Fills the directory with the converted model, all but its description; returns its report, which has no name."""
+    source, plan = prepared.source, prepared.plan
+    mapped = MappedTensors(source, plan)
+    source.write_side_files(directory)
+    new = _new_parameters(options, plan, mapped, load_tokenizer(directory, plan), progress)
+    load: Callable[[str], Tensor] = partial(_tensor, new=new, mapped=mapped)
+    if options.adapter is not None:
+        load = apply_adapter(options.adapter, plan.config, load)
+    write_shards(directory, split_into_shards(plan.tensors, options.max_shard_bytes), load, progress.written)
+    plan.config.save_pretrained(directory)
+    report = _report(source, plan, new.report)
+    return report if options.adapter is None else report | _adapter_report(options.adapter, plan)
 
 
 def _check_apart(source: TensorSource, destination: Path) -> None:
@@ -105,7 +116,8 @@ def _check_apart(source: TensorSource, destination: Path) -> None:
             raise UserError(f"{destination} holds the source's {path.name}; choose another destination")
 
 
-def _load_tokenizer(directory: Path, plan: ConversionPlan) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: Path, plan: ConversionPlan) -> PreTrainedTokenizerBase:
+    """Raises UserError when the directory has no tokenizer that can be loaded, or another model's."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (ValueError, OSError, KeyError, ImportError) as error:
@@ -166,6 +178,7 @@ def _report(source: TensorSource, plan: ConversionPlan, calibration: dict[str, A
         "source": source.provenance(),
         "architecture": plan.config.base_model_type,
         "linearize": plan.config.linearize,
+        "constant_memory": plan.kept_softmax is None,
         "exact_tokens": plan.exact_tokens,
         "accounting": plan.accounting(),
         "sizes": plan.sizes(),

@@ -10,6 +10,7 @@ from unspool.config import linearize_block
 from unspool.errors import UserError
 from unspool.executor import Quant
 from unspool.mixer_spec import PRESETS, MixerSpec
+from unspool_conversion.kept_softmax import LayerChoice, keep_softmax, softmax_capacity, with_kept_softmax
 
 OutputDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -67,6 +68,10 @@ class ConvertOptions:
     window: PerLayer = PerLayer(None, ())
     sinks: PerLayer = PerLayer(None, ())
     bank: PerLayer = PerLayer(None, ())
+    keep_softmax: LayerChoice | None = None
+    """Layers that keep the teacher's full attention, whatever the other options say of them."""
+    softmax_capacity: int | None = None
+    """Tokens that those layers see; None is as many as the teacher was made for."""
     dtype: OutputDtype = "auto"
     quant: Quant = "none"
     """Format of the weights on disk; all but "none" start from float32 and take no `dtype`."""
@@ -74,34 +79,49 @@ class ConvertOptions:
     overwrite: bool = False
     calibration: CalibrationOptions = CalibrationOptions()
     adapter: Path | None = None
-    """What `unspool distill` trained for the same conversion; it takes the place of calibration."""
+    """What `unspool distill` trained for this model; it takes the place of calibration and, unless layers are named
+    here, says what they are."""
 
     def __post_init__(self) -> None:
         if self.adapter is not None and self.calibration.text is not None:
             raise UserError("--adapter brings what --calibration would fit; leave one out")
+        if self.softmax_capacity is not None and self.keep_softmax is None:
+            raise UserError("--softmax-capacity is of the layers that --keep-softmax names, and it names none")
         if self.quant != "none" and self.dtype != "auto":
             raise UserError(f"--quant {self.quant} says how weights are stored, and so does --dtype; leave one out")
 
-    def linearize(self, teacher_windows: Sequence[int | None]) -> dict[str, Any]:
-        """The `linearize` block for a teacher whose layers have these windows.
+    @property
+    def names_layers(self) -> bool:
+        """Whether anything here says what the layers are."""
+        numbers = (self.window, self.sinks, self.bank)
+        named = any(each != PerLayer(None, ()) for each in numbers) or bool(self.overrides)
+        return named or self.preset != "disjoint" or self.keep_softmax is not None
+
+    def linearize(self, teacher_windows: Sequence[int | None], max_tokens: int) -> dict[str, Any]:
+        """The `linearize` block for a teacher whose layers have these windows and that was made for that many tokens.
 
         A layer whose own window fits into the near set is kept as it is. Raises UserError for an unknown preset, a
         layer that does not exist, or fields that no mixer has together.
         """
         if self.preset not in PRESETS:
             raise UserError(f"preset {self.preset!r} is not known; choose from {', '.join(PRESETS)}")
+        num_layers = len(teacher_windows)
+        kept = self.keep_softmax.among(num_layers) if self.keep_softmax is not None else ()
         try:
             default = PRESETS[self.preset].replace(**self.overrides | _defaults(self.window, self.sinks, self.bank))
-            layers = {
-                layer: self._layer(default, layer, window, len(teacher_windows))
-                for layer, window in enumerate(teacher_windows)
-            }
+            specs = [self._layer(default, layer, window) for layer, window in enumerate(teacher_windows)]
+            capacity = softmax_capacity(max_tokens, self.softmax_capacity, default.near_tokens) if kept else max_tokens
+            for layer in kept:
+                specs[layer] = keep_softmax(default, min(capacity, teacher_windows[layer] or capacity))
         except ValueError as error:
             raise UserError(str(error)) from error
-        self._check_ranges(len(teacher_windows))
-        return linearize_block(self.preset, default, {layer: changes for layer, changes in layers.items() if changes})
+        self._check_ranges(num_layers)
+        changes = {layer: _differences(spec, default) for layer, spec in enumerate(specs) if spec != default}
+        # A window of the teacher's own is no memory that grows.
+        full = [layer for layer in kept if (teacher_windows[layer] or capacity) >= capacity]
+        return with_kept_softmax(linearize_block(self.preset, default, changes), full, capacity)
 
-    def _layer(self, default: MixerSpec, layer: int, teacher_window: int | None, layers: int) -> dict[str, Any]:
+    def _layer(self, default: MixerSpec, layer: int, teacher_window: int | None) -> MixerSpec:
         changes = {
             name: number
             for name, numbers in (("window", self.window), ("sinks", self.sinks), ("bank", self.bank))
@@ -111,7 +131,7 @@ class ConvertOptions:
         spec = default.replace(**changes)
         if teacher_window is not None and teacher_window <= spec.near_tokens:
             spec = spec.replace(join="window", window=teacher_window, sinks=0, bank=0)
-        return {name: value for name, value in spec.to_dict().items() if value != getattr(default, name)}
+        return spec
 
     def _check_ranges(self, layers: int) -> None:
         for _, last, _ in (*self.window.ranges, *self.sinks.ranges, *self.bank.ranges):
@@ -122,3 +142,7 @@ class ConvertOptions:
 def _defaults(window: PerLayer, sinks: PerLayer, bank: PerLayer) -> dict[str, int]:
     numbers = {"window": window.default, "sinks": sinks.default, "bank": bank.default}
     return {name: number for name, number in numbers.items() if number is not None}
+
+
+def _differences(spec: MixerSpec, default: MixerSpec) -> dict[str, Any]:
+    return {name: value for name, value in spec.to_dict().items() if value != getattr(default, name)}

@@ -13,8 +13,10 @@ from unspool.errors import UserError
 from unspool.executor import Quant
 from unspool.model import UnspoolForCausalLM
 from unspool.quantization import WeightFormat, quantization_config, stored_parts
-from unspool.state import kv_cache_bytes, state_bytes
+from unspool.state import kv_cache_bytes, layer_state_specs, state_bytes
 from unspool_conversion.architectures import UNCHANGED, Naming, Transform, naming_of
+from unspool_conversion.distillation.adapter import layers_of
+from unspool_conversion.kept_softmax import KeptSoftmax, kept_softmax
 from unspool_conversion.options import ConvertOptions, OutputDtype
 from unspool_conversion.teacher_config import TeacherConfig, translate_config
 from unspool_conversion.tensor_source import TensorInfo, TensorSource
@@ -91,6 +93,11 @@ class ConversionPlan:
     def num_bytes(self) -> int:
         return sum(tensor.num_bytes for tensor in self.tensors)
 
+    @property
+    def kept_softmax(self) -> KeptSoftmax | None:
+        """The layers that keep full attention; None in a model of constant memory."""
+        return kept_softmax(self.config.linearize)
+
     def accounting(self) -> dict[str, Any]:
         """Counts of source and destination tensors: every one of either is in exactly one line."""
         return {
@@ -102,8 +109,11 @@ class ConversionPlan:
         }
 
     def sizes(self) -> dict[str, Any]:
-        """Parameters, bytes on disk, and bytes of state per session, against the teacher's cache at full length."""
-        return {
+        """Parameters, bytes on disk, and bytes of state per session, against the teacher's cache at full length.
+
+        A session of a model that keeps softmax layers is sized for their capacity, with how much of it is theirs.
+        """
+        sizes = {
             "parameters": self.num_parameters,
             "new_parameters": sum(tensor.num_elements for tensor in self.new),
             "weight_bytes": self.num_bytes,
@@ -112,6 +122,11 @@ class ConversionPlan:
             "state_bytes_per_session": state_bytes(self.config, self.dtype),
             "teacher_cache_bytes_per_token": kv_cache_bytes(self.config, 1, self.dtype),
         }
+        if (kept := self.kept_softmax) is not None:
+            specs = self.config.mixer_specs()
+            layers = (layer_state_specs(self.config, specs[layer], self.dtype) for layer in kept.layers)
+            sizes["softmax_bytes_per_session"] = sum(part.num_bytes for layer in layers for part in layer.values())
+        return sizes
 
 
 def plan_conversion(source: TensorSource, options: ConvertOptions) -> ConversionPlan:
@@ -153,10 +168,14 @@ def plan_conversion(source: TensorSource, options: ConvertOptions) -> Conversion
 
 
 def _unspool_config(teacher: TeacherConfig, options: ConvertOptions) -> UnspoolConfig:
+    if options.adapter is not None and not options.names_layers:
+        linearize = layers_of(options.adapter)
+    else:
+        linearize = options.linearize(teacher.windows, teacher.fields["max_position_embeddings"])
     try:
         return UnspoolConfig(
             **teacher.fields,
-            linearize=options.linearize(teacher.windows),
+            linearize=linearize,
             architectures=[UnspoolForCausalLM.__name__],
         )
     except ValueError as error:

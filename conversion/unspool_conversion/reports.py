@@ -7,6 +7,7 @@ from typing import Any
 
 from unspool.errors import UserError
 from unspool_conversion.evaluation.tables import describe_evaluation
+from unspool_conversion.kept_softmax import KeptSoftmax, kept_softmax
 from unspool_conversion.markdown import markdown_table
 
 REPORT = "conversion_report.json"
@@ -46,7 +47,7 @@ def write_model_card(directory: Path, report: dict[str, Any]) -> None:
         _front_matter(report),
         _introduction(report),
         _layers_section(report["linearize"]),
-        _sizes_section(report["sizes"]),
+        _sizes_section(report["sizes"], kept_softmax(report["linearize"])),
         _calibration_section(report["calibration"]),
         *([_training_section(report["distillation"])] if "distillation" in report else []),
         *([f"## Training\n\nThe adapter `{report['adapter']}` was applied.\n"] if "adapter" in report else []),
@@ -89,11 +90,24 @@ def _introduction(report: dict[str, Any]) -> str:
         ["file", "bytes", "SHA-256"],
         [[file["name"], file["bytes"], file["sha256"]] for file in source["files"]],
     )
+    kept = kept_softmax(report["linearize"])
+    kind = "gated recurrent model" if kept is None else "hybrid of gated recurrent and softmax layers"
     return (
         f"# {report['name']}\n\n"
-        f"A gated recurrent model, converted from `{origin}` ({report['architecture']}, {source['format']}) by Unspool "
-        f"{report['unspool_version']} on {report['created']}. Its memory and time per token do not grow with the "
-        f"length of the text. {_exactness(report['exact_tokens'])}\n\n{files}"
+        f"A {kind}, converted from `{origin}` ({report['architecture']}, {source['format']}) by Unspool "
+        f"{report['unspool_version']} on {report['created']}. {_memory(report['sizes'], kept)} "
+        f"{_exactness(report['exact_tokens'])}\n\n{files}"
+    )
+
+
+def _memory(sizes: dict[str, Any], kept: KeptSoftmax | None) -> str:
+    if kept is None:
+        return "Its memory and time per token do not grow with the length of the text."
+    return (
+        f"**It is not constant-memory**: the source model's full attention over {kept.capacity:,} tokens is kept in "
+        f"{kept.names}. Every session takes {sizes['state_bytes_per_session']:,} bytes, enough for that "
+        f"many, {sizes['softmax_bytes_per_session']:,} of them for this attention; time per token grows with the text "
+        f"up to that length, and beyond it this attention sees the last {kept.capacity:,} tokens."
     )
 
 
@@ -115,8 +129,9 @@ def _layers_section(linearize: dict[str, Any]) -> str:
     return f"## Layers\n\nPreset `{linearize['preset']}`.\n\n{settings}{different}"
 
 
-def _sizes_section(sizes: dict[str, Any]) -> str:
+def _sizes_section(sizes: dict[str, Any], kept: KeptSoftmax | None) -> str:
     quant = sizes.get("quant", "none")
+    length = "at any length" if kept is None else f"sized for {kept.capacity:,} tokens"
     return "## Sizes\n\n" + markdown_table(
         ["", ""],
         [
@@ -125,7 +140,8 @@ def _sizes_section(sizes: dict[str, Any]) -> str:
             ["bytes of weights", sizes["weight_bytes"]],
             ["dtype", sizes["dtype"]],
             *([["format of the weights on disk", quant]] if quant != "none" else []),
-            ["bytes of state per session, at any length", sizes["state_bytes_per_session"]],
+            [f"bytes of state per session, {length}", sizes["state_bytes_per_session"]],
+            *([["of these for full attention", sizes["softmax_bytes_per_session"]]] if kept is not None else []),
             ["bytes of the source model's key-value cache per token", sizes["teacher_cache_bytes_per_token"]],
         ],
     )

@@ -156,13 +156,14 @@ def test_the_adapter_on_a_fresh_conversion_is_the_merged_model(
 def test_converting_with_the_adapter_gives_the_trained_model(
     make_model: Callable[..., Any], tmp_path: Path, text: Path, stored_tensors: StoredTensors
 ) -> None:
-    model, destination, again = make_model(), tmp_path / "out", tmp_path / "again"
+    model, destination = make_model(), tmp_path / "out"
     distill(options(model, destination, text, recipe_text(LAYERWISE, LOGITS)))
-    source, fields = str(model[0]), {"window": PerLayer(16, ()), "adapter": destination / "adapter"}
-    no_calibration = CalibrationOptions(enabled=False)
-    convert(ConvertOptions(source=source, destination=again, calibration=no_calibration, **fields))
-    trained = stored_tensors(destination)
-    assert all(torch.equal(tensor, trained[name]) for name, tensor in stored_tensors(again).items())
+    source, fields = str(model[0]), {"adapter": destination / "adapter"}
+    no_calibration, trained = CalibrationOptions(enabled=False), stored_tensors(destination)
+    again, named = tmp_path / "again", tmp_path / "named"
+    for path, layers in ((again, {}), (named, {"window": PerLayer(16, ())})):
+        convert(ConvertOptions(source=source, destination=path, calibration=no_calibration, **fields | layers))
+        assert all(torch.equal(tensor, trained[name]) for name, tensor in stored_tensors(path).items())
     report = load_report(again)
     assert report["adapter"] == "adapter" and report["exact_tokens"] == 0
     assert "The adapter `adapter` was applied." in (again / "README.md").read_text()

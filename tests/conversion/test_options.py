@@ -8,12 +8,15 @@ import pytest
 from unspool import UnspoolConfig
 from unspool.errors import UserError
 from unspool.mixer_spec import MixerSpec
+from unspool_conversion.distillation.adapter import layers_of
 from unspool_conversion.options import ConvertOptions, parse_per_layer
+from unspool_conversion.shipped_adapters import find_adapter, shipped_adapters
 
 
 def specs(teacher_windows: list[int | None], **fields: Any) -> tuple[MixerSpec, ...]:
     options = ConvertOptions(source="x", destination=Path("y"), **fields)
-    config = UnspoolConfig(num_hidden_layers=len(teacher_windows), linearize=options.linearize(teacher_windows))
+    linearize = options.linearize(teacher_windows, 2048)
+    config = UnspoolConfig(num_hidden_layers=len(teacher_windows), linearize=linearize)
     return config.mixer_specs()
 
 
@@ -58,3 +61,12 @@ def test_a_teacher_window_that_fits_the_near_set_is_kept_exactly() -> None:
 def test_impossible_layers_are_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         specs([None, None], **fields)
+
+
+def test_an_adapter_is_a_shipped_name_or_a_directory(tmp_path: Path) -> None:
+    assert find_adapter(str(tmp_path)) == tmp_path
+    assert "smollm2-135m-instruct" in shipped_adapters()
+    for name in shipped_adapters():
+        assert layers_of(find_adapter(name))["default"]["window"] >= 1
+    with pytest.raises(UserError, match="neither a directory .* nor one of .*smollm2-135m-instruct"):
+        find_adapter(str(tmp_path / "nowhere"))

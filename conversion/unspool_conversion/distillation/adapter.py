@@ -103,6 +103,14 @@ def apply_adapter(directory: Path, config: UnspoolConfig, load: Load) -> Load:
     return load_trained
 
 
+def layers_of(directory: Path) -> dict[str, Any]:
+    """The `linearize` block of the model that the adapter was trained for. Raises UserError as `apply_adapter` does."""
+    linearize = _read_base(directory).get("linearize")
+    if not isinstance(linearize, dict):
+        raise UserError(f"{directory / DESCRIPTION} has no linearize block; train the adapter again")
+    return linearize
+
+
 def changes_teacher(directory: Path) -> bool:
     """Whether the adapter changes weights that the teacher has, so that short texts are no longer read as it reads
     them."""
@@ -121,21 +129,28 @@ class _LowRank:
         return self.scale * (self.up.float() @ self.down.float())
 
 
-def _check_base(directory: Path, config: UnspoolConfig) -> None:
+def _read_base(directory: Path) -> dict[str, Any]:
+    """What `describe_base` gave for the model that the adapter was trained for."""
     if not (directory / DESCRIPTION).is_file():
         raise UserError(f"{directory} has no {DESCRIPTION}; pass the adapter directory that `unspool distill` wrote")
     description = read_json(directory / DESCRIPTION)
     if description.get("schema_version") != SCHEMA_VERSION:
         found = description.get("schema_version")
         raise UserError(f"{directory / DESCRIPTION} has schema_version {found!r}, not {SCHEMA_VERSION}; train it again")
-    base, ours = description.get("base"), describe_base(config)
+    base = description.get("base")
     if not isinstance(base, dict) or description.get("fingerprint") != fingerprint(base):
         raise UserError(f"{directory / DESCRIPTION} has been changed since it was written; train the adapter again")
-    for name, value in ours.items():
+    return base
+
+
+def _check_base(directory: Path, config: UnspoolConfig) -> None:
+    base = _read_base(directory)
+    for name, value in describe_base(config).items():
         if base.get(name) != value:
             raise UserError(
                 f"{directory} was trained for a model whose {name} is {_short(base.get(name))}, and here it is "
-                f"{_short(value)}; convert the model that it was trained for, with the same options"
+                f"{_short(value)}; convert the model that it was trained for, and leave the options of layers out or "
+                "give the same"
             )
 
 
