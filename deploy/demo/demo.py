@@ -1,4 +1,5 @@
-"""The whole road on a real model: fetch, convert, verify, serve, ask over REST, and print what was measured."""
+"""The whole road on a real model: fetch, convert with the shipped adapter, verify, serve, ask over REST, and print what
+was measured."""
 
 import argparse
 import json
@@ -20,7 +21,10 @@ from unspool_conversion.reports import describe_verification, load_report
 ROOT = Path(__file__).resolve().parents[2]
 UNSPOOL = Path(sys.executable).with_name("unspool")
 PROSE = Path(__file__).with_name("prose.jsonl")
+ADAPTER = "smollm2-135m-instruct"
 QUESTION = "In two sentences: why is the sky blue?"
+FACT, FACT_QUESTION = "The pass key for Juniper is 48213.", "What is the pass key for Juniper?"
+CHARACTERS_BETWEEN = 4_000  # about 930 tokens
 CONTEXTS = (1_000, 8_000, 128_000)
 
 
@@ -31,14 +35,17 @@ def main() -> None:
     started = time.monotonic()
     source = fetch_default_model()
     say(f"Teacher: {source}")
-    run("convert", str(source), str(output), "--overwrite")
+    run("convert", str(source), str(output), "--adapter", ADAPTER, "--overwrite")
     run("verify", str(output), "--teacher", str(source), "--text", str(PROSE), quiet=True)
     with server(output) as url:
-        answer = ask(url, output.name)
+        answer = ask(url, output.name, QUESTION)
+        say("\nAnd a fact, then a thousand tokens of a novel, then a question about the fact:")
+        recalled = ask(url, output.name, f"{FACT}\n\n{passage()}\n\n{FACT_QUESTION}")
     report = load_report(output)
     say("\nWhat was measured\n")
     say(describe_verification(report["verification"]))
     say(memory_table(report["sizes"]))
+    say(f"The fact opened a prompt of {recalled['prompt_tokens']} tokens; {report['exact_tokens']} tokens are exact.")
     say(f"Answer: {answer['tokens']} tokens, {answer['tokens_per_second']:.1f} tokens/s over REST on this machine.")
     say(f"Done in {time.monotonic() - started:.0f} s. Talk to it: {UNSPOOL} chat {output}")
 
@@ -85,28 +92,42 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
     raise SystemExit("the server was not ready within two minutes")
 
 
-def ask(url: str, model: str) -> dict[str, float]:
-    """Streams one chat answer to standard output; returns its length and speed after the first token."""
+def passage() -> str:
+    """The beginning of a novel's chapter."""
+    with PROSE.open(encoding="utf-8") as lines:
+        text: str = json.loads(next(lines))["text"]
+    return text[:CHARACTERS_BETWEEN]
+
+
+def ask(url: str, model: str, question: str) -> dict[str, float]:
+    """Streams one chat answer to standard output; returns its length, its prompt's, and speed after the first token."""
     body = {
         "model": model,
-        "messages": [{"role": "user", "content": QUESTION}],
+        "messages": [{"role": "user", "content": question}],
         "max_tokens": 120,
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    say(f"\n$ curl {url}/v1/chat/completions -d {shlex.quote(json.dumps(body))}\n")
-    first, tokens = 0.0, 0
+    shown = body | {"messages": [{"role": "user", "content": shortened(question)}]}
+    say(f"\n$ curl {url}/v1/chat/completions -d {shlex.quote(json.dumps(shown))}\n")
+    first, tokens, prompt_tokens = 0.0, 0, 0
     for chunk in stream(f"{url}/v1/chat/completions", body):
         if chunk.get("usage"):
-            tokens = chunk["usage"]["completion_tokens"]
+            tokens, prompt_tokens = chunk["usage"]["completion_tokens"], chunk["usage"]["prompt_tokens"]
         for choice in chunk["choices"]:
             text = choice["delta"].get("content") or ""
             first = first or (time.perf_counter() if text else 0.0)
             sys.stdout.write(text)
             sys.stdout.flush()
     say("")
-    return {"tokens": tokens, "tokens_per_second": (tokens - 1) / (time.perf_counter() - first)}
+    speed = (tokens - 1) / (time.perf_counter() - first)
+    return {"tokens": tokens, "prompt_tokens": prompt_tokens, "tokens_per_second": speed}
+
+
+def shortened(text: str) -> str:
+    """A long text's two ends."""
+    return text if len(text) < 300 else f"{text[:120]} [...] {text[-120:]}"
 
 
 def stream(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:

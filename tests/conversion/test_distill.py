@@ -384,7 +384,9 @@ def test_a_bank_is_fitted_to_all_of_the_text(
         report = distill(options(model, destination, text, recipe_text(f"{{kind: bank, sequences: {sequences}}}")))
         assert report["distillation"]["tokens"] == 3 * 96 * sequences
         assert report["exact_tokens"] == load_report(model[1])["exact_tokens"] > 0
-        layers = report["distillation"]["stages"][0]["layers"]
+        stage = report["distillation"]["stages"][0]
+        found, layers = stage["divergence_by_aging_scale"], stage["layers"]
+        assert len(found) == 5 and found[str(stage["aging_scale"])] == min(found.values())
         assert all(0 < layer["bank_error_of_longer_window"] <= 1 for layer in layers)
         assert any(aging > 0 for layer in layers for aging in layer["bank_aging"])
         records = [json.loads(line) for line in (destination / "loss.jsonl").read_text().splitlines()]

@@ -13,7 +13,7 @@ STAGE = "stages: [{kind: logits, steps: 3}]\n"
 
 
 def test_the_shipped_recipes_are_read() -> None:
-    assert shipped_recipes() == ["8b", "cpu-10min", "cpu-30min", "gpu-30min", "liger-gla", "lolcats"]
+    assert shipped_recipes() == ["8b", "bank", "cpu-10min", "cpu-30min", "gpu-30min", "liger-gla", "lolcats"]
     for name in shipped_recipes():
         recipe = read_recipe(name)
         assert recipe.name == name and recipe.description

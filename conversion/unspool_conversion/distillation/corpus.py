@@ -34,10 +34,9 @@ class Corpus:
     def num_training(self) -> int:
         return self.tokens.shape[0] - self.held_out
 
-    def first(self, sequences: int | None) -> Tensor:
-        """At most that many training windows [N, T], and then those held out."""
-        used = min(sequences or self.num_training, self.num_training)
-        return torch.cat([self.tokens[:used], self.tokens[self.num_training :]])
+    def training(self, sequences: int | None) -> Tensor:
+        """At most that many training windows [N, T]."""
+        return self.tokens[: min(sequences or self.num_training, self.num_training)]
 
 
 def read_corpus(

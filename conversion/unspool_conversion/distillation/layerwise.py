@@ -25,7 +25,8 @@ def run_layerwise(run: Run, stage: LayerwiseStage) -> None:
     layers = run.progress.stages[run.progress.stage].setdefault("layers", [])
     total = len(run.student.layers) * stage.steps
     with tqdm(total=total, initial=run.progress.layer * stage.steps + run.progress.step, desc="layerwise") as bar:
-        for text in walk_layers(run, run.corpus.first(stage.sequences), run.corpus.held_out):
+        tokens = torch.cat([run.corpus.training(stage.sequences), run.corpus.tokens[run.corpus.num_training :]])
+        for text in walk_layers(run, tokens, run.corpus.held_out):
             layers.append(fit_layer(run, stage, text, bar))
             run.finish_layer()
 
