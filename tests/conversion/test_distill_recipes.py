@@ -82,7 +82,7 @@ def test_exponents_are_numbers() -> None:
 
 
 def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"recipe 'cpu-1min' is neither a file nor one of 8b, cpu-10min"):
+    with pytest.raises(UserError, match=r"recipe 'cpu-1min' is neither a file nor one of 8b, bank, cpu-10min"):
         read_recipe("cpu-1min")
     path = tmp_path / "r.yaml"
     path.write_bytes(b"\xff\xfe")
