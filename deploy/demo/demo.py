@@ -24,7 +24,7 @@ PROSE = Path(__file__).with_name("prose.jsonl")
 ADAPTER = "smollm2-135m-instruct"
 QUESTION = "In two sentences: why is the sky blue?"
 FACT, FACT_QUESTION = "The pass key for Juniper is 48213.", "What is the pass key for Juniper?"
-CHARACTERS_BETWEEN = 4_000  # about 930 tokens
+CHARACTERS_BETWEEN = 4_700  # a thousand tokens
 CONTEXTS = (1_000, 8_000, 128_000)
 
 
