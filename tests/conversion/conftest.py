@@ -85,3 +85,13 @@ def stored_tensors() -> Callable[[Path], dict[str, torch.Tensor]]:
         return loaded
 
     return load
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A file of 400 words, of thirteen kinds."""
+    words = ["thread", "spool", "of", "any", "length", "is", "drawn", "from", "a", "state", "that", "never", "grows"]
+    order = torch.randint(len(words), (400,), generator=torch.Generator().manual_seed(3)).tolist()
+    path = tmp_path / "words.txt"
+    path.write_text(" ".join(words[i] for i in order))
+    return path

@@ -55,15 +55,6 @@ def recipe_text(*stages: str, **fields: Any) -> str:
 
 
 @pytest.fixture
-def text(tmp_path: Path) -> Path:
-    words = ["thread", "spool", "of", "any", "length", "is", "drawn", "from", "a", "state", "that", "never", "grows"]
-    order = torch.randint(len(words), (400,), generator=torch.Generator().manual_seed(3)).tolist()
-    path = tmp_path / "words.txt"
-    path.write_text(" ".join(words[i] for i in order))
-    return path
-
-
-@pytest.fixture
 def make_model(save_teacher: SaveTeacher, tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
     """A teacher and its conversion."""
 

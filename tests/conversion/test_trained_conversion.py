@@ -50,15 +50,6 @@ except KeyboardInterrupt:
 
 
 @pytest.fixture
-def text(tmp_path: Path) -> Path:
-    words = ["thread", "spool", "of", "any", "length", "is", "drawn", "from", "a", "state", "that", "never", "grows"]
-    order = torch.randint(len(words), (400,), generator=torch.Generator().manual_seed(3)).tolist()
-    path = tmp_path / "words.txt"
-    path.write_text(" ".join(words[i] for i in order))
-    return path
-
-
-@pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(RECIPE.replace("STEPS", "4"))

@@ -65,7 +65,7 @@ def _fit_layer(run: Run, text: LayerText) -> dict[str, Any]:
         texts = [_bank_text(student, block, text, rows, window) for rows in parts]
         found = set_bank(mixer, None if moments is None else moments.solve(), texts)
         # The state now holds other tokens than those that its weight was found for.
-        heads = Heads(*(torch.cat(parts) for parts in zip(*(each.heads for each in texts), strict=True)))
+        heads = _together([each.heads for each in texts])
         target = torch.cat([each.target for each in texts])
         return found | calibrate_state(mixer, heads, target, texts[0].context(len(target)))
 
@@ -82,10 +82,14 @@ def _echo(tokens: Tensor) -> Tensor:
 
 
 def _bank_text(student: Student, block: Block, text: LayerText, rows: range, teacher_window: int | None) -> BankText:
-    projected = [_project(student, block, text, row) for row in rows]
-    heads = Heads(*(torch.cat(parts) for parts in zip(*projected, strict=True)))
+    heads = _together([_project(student, block, text, row) for row in rows])
     target = teacher_attention(heads, student.context((len(rows), text.inputs.shape[1])), teacher_window)
     return BankText(heads, target, student.model.rotary)
+
+
+def _together(heads: list[Heads]) -> Heads:
+    """Projections of several batches as one."""
+    return Heads(*(torch.cat(parts) for parts in zip(*heads, strict=True)))
 
 
 def _moments(student: Student, block: Block, text: LayerText, teacher_window: int | None) -> Moments | None:
