@@ -1,7 +1,6 @@
 """The verb `convert`: arguments to options, progress bars, and how to go on after an interrupt."""
 
 import argparse
-import re
 import signal
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from unspool.executor import Quant
 from unspool.mixer_spec import PRESETS, FeatureMap, Gate, Join, StateHeads
+from unspool.sizes import parse_size
 from unspool_conversion.conversion_summary import describe_plan, describe_result
 from unspool_conversion.convert import ConversionResult, Progress, convert, prepare
 from unspool_conversion.kept_softmax import LayerChoice, parse_layer_choice
@@ -26,8 +26,6 @@ from unspool_conversion.trained_conversion import (
 )
 from unspool_conversion.training_arguments import add_training_arguments, training_options
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", re.IGNORECASE)
-_SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _OVERRIDES = ("join", "gate", "feature_map", "state_heads")
 
 
@@ -181,10 +179,12 @@ def _options(arguments: argparse.Namespace) -> ConvertOptions:
 
 
 def _parse_size(text: str) -> int:
-    match = _SIZE.fullmatch(text.strip())
-    size = int(float(match[1]) * _SIZE_UNITS[match[2].upper()]) if match else 0
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 500MB or 2GB")
+        raise argparse.ArgumentTypeError("must be at least a byte")
     return size
 
 

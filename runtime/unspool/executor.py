@@ -20,8 +20,9 @@ from unspool.model import UnspoolForCausalLM
 from unspool.quantization import FLOATS, PACKED_FORMATS
 from unspool.state import StatePool
 from unspool_kernels import triton
+from unspool_kernels.logit_rows import LogitRows, each_wish, logit_rows
 from unspool_kernels.native.decoder import NativeDecoder
-from unspool_kernels.native.decoder_program import DecoderProgram, LogitRows
+from unspool_kernels.native.decoder_program import DecoderProgram
 from unspool_kernels.native.library import NativeUnavailable, allocate, instruction_set, library
 
 logger = logging.getLogger(__name__)
@@ -53,17 +54,23 @@ class Executor(Protocol):
     """A model whose state lies in slots. Not thread-safe."""
 
     config: UnspoolConfig
+    shared_chunk: int
+    """Tokens that each sequence may bring to a call which it shares with others, every one getting the bits that it
+    gets alone and in any other pieces. 0: only steps are shared, and a text's bits depend on where it was cut."""
 
     def new_pool(self, num_slots: int) -> StatePool:
         """Empty slots of the kind that this executor runs on."""
         ...
 
     def logits(
-        self, tokens: Sequence[Sequence[int]], pool: StatePool, slots: Sequence[int], want: LogitRows = "last"
+        self,
+        tokens: Sequence[Sequence[int]],
+        pool: StatePool,
+        slots: Sequence[int],
+        want: LogitRows | Sequence[LogitRows] = "last",
     ) -> Tensor:
         """Consumes each sequence's tokens, advancing its slot, and returns logits [rows, vocabulary]: one row for each
-        sequence's last token, or one for every token in order, or none. The native kernels give a row the same bits
-        alone and in any batch."""
+        sequence's last token, or one for every token in order, or none, as all or each of them want."""
         ...
 
 
@@ -72,6 +79,7 @@ class TorchExecutor:
 
     def __init__(self, model: UnspoolForCausalLM) -> None:
         self.config: UnspoolConfig = model.config
+        self.shared_chunk = 0
         self.model = model
 
     def new_pool(self, num_slots: int) -> StatePool:
@@ -79,20 +87,22 @@ class TorchExecutor:
 
     @torch.inference_mode()
     def logits(
-        self, tokens: Sequence[Sequence[int]], pool: StatePool, slots: Sequence[int], want: LogitRows = "last"
+        self,
+        tokens: Sequence[Sequence[int]],
+        pool: StatePool,
+        slots: Sequence[int],
+        want: LogitRows | Sequence[LogitRows] = "last",
     ) -> Tensor:
         lengths = [len(sequence) for sequence in tokens]
         longest = max(lengths)
         padded = [[*sequence, *[0] * (longest - len(sequence))] for sequence in tokens]
         batch = torch.tensor(padded, device=self.model.device)
         hidden = self.model.hidden(batch, lengths=lengths, slots=(pool, slots))
-        if want == "none":
+        rows = logit_rows(lengths, want)
+        if not rows:
             return hidden.new_empty(0, self.config.vocab_size)
-        if want == "last":
-            rows = hidden[torch.arange(len(tokens)), torch.tensor(lengths) - 1]
-        else:
-            rows = torch.cat([sequence[:length] for sequence, length in zip(hidden, lengths, strict=True)])
-        logits: Tensor = self.model.lm_head(rows)
+        real = torch.cat([sequence[:length] for sequence, length in zip(hidden, lengths, strict=True)])
+        logits: Tensor = self.model.lm_head(real[rows])
         return logits
 
 
@@ -101,6 +111,7 @@ class NativeExecutor:
 
     def __init__(self, config: UnspoolConfig, decoder: NativeDecoder, state_dtype: torch.dtype) -> None:
         self.config = config
+        self.shared_chunk = decoder.window
         self.decoder = decoder
         self.state_dtype = state_dtype
         self._programs: WeakKeyDictionary[StatePool, DecoderProgram] = WeakKeyDictionary()
@@ -110,12 +121,16 @@ class NativeExecutor:
         return StatePool(self.config, num_slots, dtype, "cpu", far_dtype=dtype, allocate=allocate)
 
     def logits(
-        self, tokens: Sequence[Sequence[int]], pool: StatePool, slots: Sequence[int], want: LogitRows = "last"
+        self,
+        tokens: Sequence[Sequence[int]],
+        pool: StatePool,
+        slots: Sequence[int],
+        want: LogitRows | Sequence[LogitRows] = "last",
     ) -> Tensor:
         if max(map(len, tokens)) <= self.decoder.window:
             return self._run(tokens, pool, slots, want)
-        rows = [self._run_long(sequence, pool, slot, want) for sequence, slot in zip(tokens, slots, strict=True)]
-        return torch.cat(rows)
+        each = zip(tokens, slots, each_wish(want, len(tokens)), strict=True)
+        return torch.cat([self._run_long(sequence, pool, slot, wish) for sequence, slot, wish in each])
 
     def _run_long(self, tokens: Sequence[int], pool: StatePool, slot: int, want: LogitRows) -> Tensor:
         """One sequence of any length, in pieces that the window holds."""
@@ -125,7 +140,13 @@ class NativeExecutor:
         rows = [self._run([piece], pool, [slot], early) for piece in pieces[:-1]]
         return torch.cat([*rows, self._run(pieces[-1:], pool, [slot], want)])
 
-    def _run(self, tokens: Sequence[Sequence[int]], pool: StatePool, slots: Sequence[int], want: LogitRows) -> Tensor:
+    def _run(
+        self,
+        tokens: Sequence[Sequence[int]],
+        pool: StatePool,
+        slots: Sequence[int],
+        want: LogitRows | Sequence[LogitRows],
+    ) -> Tensor:
         positions = [pool.positions[slot] for slot in slots]
         program = self._programs.get(pool)
         if program is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from unspool.errors import UserError
+from unspool.sizes import ByteSize, parse_size
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -22,7 +23,8 @@ def add_flags(
 ) -> None:
     """Adds `--field-name` for every field of `cls` but those with metadata {"flag": False}.
 
-    Types int, float, str, Path, bool (`--x` and `--no-x`), Literal, and any of these or None. Help is metadata["help"].
+    Types int, float, str, Path, ByteSize, bool (`--x` and `--no-x`), Literal, and any of these or None. Help is
+    metadata["help"].
     `defaults` replaces the class's own. A flag that is not given and has no default there leaves nothing in the
     parsed namespace: `from_flags` lets the class fill it in. Raises TypeError for a field of another type and
     ValueError when `defaults` names what is no flag.
@@ -67,9 +69,18 @@ def _value_options(name: str, hint: Any) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(hint) is Literal:
         return {"type": type(get_args(hint)[0]), "choices": get_args(hint)}
+    if hint is ByteSize:
+        return {"type": _size, "metavar": "SIZE"}
     if hint in SCALARS:
         return {"type": hint, "metavar": "PATH" if hint is Path else name.rsplit("_", 1)[-1].upper()}
     raise TypeError(f"field {name} has type {hint}, of which no flag can be made; give it metadata={{'flag': False}}")
+
+
+def _size(text: str) -> ByteSize:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _without_none(hint: Any) -> Any:

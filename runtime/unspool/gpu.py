@@ -11,7 +11,7 @@ from unspool.model import UnspoolForCausalLM
 from unspool.packed_decoder import PackedDecoder
 from unspool.packing import PackedTokens
 from unspool.state import StatePool
-from unspool_kernels.native.decoder_program import LogitRows
+from unspool_kernels.logit_rows import LogitRows, logit_rows
 
 MAX_CHANNELS = 512
 """The widest head whose registers the kernels' tiles are planned for."""
@@ -40,6 +40,7 @@ class GpuExecutor:
         if reason := unsupported(model.config):
             raise ValueError(reason)
         self.config: UnspoolConfig = model.config
+        self.shared_chunk = 0
         self.state_dtype = state_dtype
         self._device = model.device
         self._decoder = PackedDecoder(model)
@@ -50,19 +51,19 @@ class GpuExecutor:
 
     @torch.inference_mode()
     def logits(
-        self, tokens: Sequence[Sequence[int]], pool: StatePool, slots: Sequence[int], want: LogitRows = "last"
+        self,
+        tokens: Sequence[Sequence[int]],
+        pool: StatePool,
+        slots: Sequence[int],
+        want: LogitRows | Sequence[LogitRows] = "last",
     ) -> Tensor:
         positions = [pool.positions[slot] for slot in slots]
         if self._graphs is not None and want == "last" and all(len(sequence) == 1 for sequence in tokens):
             logits = self._graphs.logits([sequence[0] for sequence in tokens], pool, positions, slots)
         else:
-            logits = self._run(PackedTokens.of(tokens, positions, slots, self._device), pool, want)
+            hidden = self._decoder.hidden(PackedTokens.of(tokens, positions, slots, self._device), pool.layers)
+            rows = logit_rows([len(sequence) for sequence in tokens], want)
+            logits = self._decoder.head(hidden[rows]) if rows else hidden.new_empty(0, self.config.vocab_size)
         for slot, sequence in zip(slots, tokens, strict=True):
             pool.positions[slot] += len(sequence)
         return logits
-
-    def _run(self, batch: PackedTokens, pool: StatePool, want: LogitRows) -> Tensor:
-        hidden = self._decoder.hidden(batch, pool.layers)
-        if want == "none":
-            return hidden.new_empty(0, self.config.vocab_size)
-        return self._decoder.head(hidden if want == "every" else hidden[batch.cu_seqlens[1:].long() - 1])

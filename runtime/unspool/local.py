@@ -57,7 +57,7 @@ class TextRequest:
 class GenerationSummary:
     """What a finished generation came to. `prompt_seconds` lasts until the first token."""
 
-    finish_reason: Literal["stop", "length", "cancelled"]
+    finish_reason: Literal["stop", "length", "cancelled", "expired"]
     prompt_tokens: int
     generated_tokens: int
     seconds: float

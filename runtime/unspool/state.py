@@ -167,6 +167,16 @@ class StatePool:
             for tensor in layer.values():
                 tensor[slot].zero_()
 
+    def fits(self, snapshot: SlotSnapshot) -> bool:
+        """Whether a snapshot has the tensors of a slot."""
+        return len(snapshot.layers) == len(self.layers) and all(
+            saved.keys() == layer.keys()
+            and all(
+                saved[name].shape == rows.shape[1:] and saved[name].dtype == rows.dtype for name, rows in layer.items()
+            )
+            for saved, layer in zip(snapshot.layers, self.layers, strict=True)
+        )
+
     def snapshot(self, slot: int) -> SlotSnapshot:
         layers = tuple({name: tensor[slot].clone() for name, tensor in layer.items()} for layer in self.layers)
         return SlotSnapshot(self.positions[slot], layers)

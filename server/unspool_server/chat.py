@@ -12,6 +12,7 @@ from unspool_server.bodies import describe_body, read_body
 from unspool_server.choices import Choice, Piece, ScoredToken
 from unspool_server.limits import check_output_tokens, check_text_length, check_tokens
 from unspool_server.schemas import ChatBody
+from unspool_server.security import owner_of
 from unspool_server.service import Backend, service_of
 from unspool_server.settings import ServerSettings
 from unspool_server.vocabulary import TextOffsets, finite
@@ -26,11 +27,11 @@ async def create_chat_completion(request: Request) -> Response:
     body = await read_body(request, ChatBody)
     backend = service.backend_of(body.model)
     backend.generations.check_room(1)
-    answer = await service.prepare(prepare_chat, body, backend, service.settings)
+    answer = await service.prepare(prepare_chat, body, backend, service.settings, owner_of(request))
     return await respond(request, body, answer, backend.generations)
 
 
-def prepare_chat(body: ChatBody, backend: Backend, settings: ServerSettings) -> Answer:
+def prepare_chat(body: ChatBody, backend: Backend, settings: ServerSettings, owner: str) -> Answer:
     """Renders and tokenises the messages, and checks what they ask for. Raises InvalidRequest."""
     reply = ChatFormat(backend.model.name, backend.vocabulary, bool(body.logprobs))
     max_tokens = body.output_tokens(settings.max_output_tokens)
@@ -50,6 +51,7 @@ def prepare_chat(body: ChatBody, backend: Backend, settings: ServerSettings) -> 
         sampling=body.sampling(backend.model.sampling_defaults),
         stop_ids=body.stop_ids(backend.model.eos_ids),
         logprobs=body.num_logprobs(),
+        owner=owner,
     )
     stream = TextStream(tokenizer, body.stop)
     return Answer([Choice(0, request, stream, TextOffsets(backend.vocabulary))], reply)

@@ -38,6 +38,8 @@ class Piece(NamedTuple):
 @dataclass(frozen=True)
 class Usage:
     prompt_tokens: int
+    cached_tokens: int
+    """Tokens of the prompt that were not read, as a checkpoint of an earlier one had them."""
     completion_tokens: int
 
     def body(self) -> dict[str, object]:
@@ -45,7 +47,7 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
 
@@ -58,6 +60,7 @@ class Choice:
         self.index = index
         self.request = request
         self.num_generated = 0
+        self.num_cached = 0
         self._stream = stream
         self._offsets = offsets
         self._echo = echo
@@ -71,15 +74,19 @@ class Choice:
         """The piece that an event completes. Raises ApiError when the engine could not finish the generation."""
         match event:
             case PromptEvent():
-                return Piece(self._echo, self._score_prompt(event))
+                return self._absorb_prompt(event)
             case TokenEvent():
                 return self._absorb_token(event)
             case FinishEvent():
                 return self._finish(event)
 
-    def _score_prompt(self, event: PromptEvent) -> tuple[ScoredToken, ...]:
+    def _absorb_prompt(self, event: PromptEvent) -> Piece | None:
+        self.num_cached = event.cached_tokens
+        if event.logprobs is None:
+            return None
         scored = zip(self.request.prompt, event.logprobs, strict=True)
-        return tuple(ScoredToken(token, self._offsets.advance(token), logprobs) for token, logprobs in scored)
+        tokens = tuple(ScoredToken(token, self._offsets.advance(token), logprobs) for token, logprobs in scored)
+        return Piece(self._echo, tokens)
 
     def _absorb_token(self, event: TokenEvent) -> Piece | None:
         self.num_generated += 1
@@ -95,7 +102,7 @@ class Choice:
     def _finish(self, event: FinishEvent) -> Piece:
         if event.reason == "error":
             raise internal_error()
-        if event.reason == "cancelled":
+        if event.reason == "cancelled" or event.reason == "expired":
             raise unavailable("the server is shutting down", "shutting_down")
         text = self._stream.finish()
         return self._piece(text, "stop" if self._stream.stopped else event.reason)
@@ -107,7 +114,11 @@ class Choice:
 
 def usage_of(choices: Iterable[Choice]) -> Usage:
     choices = list(choices)
-    return Usage(sum(len(choice.request.prompt) for choice in choices), sum(choice.num_generated for choice in choices))
+    return Usage(
+        prompt_tokens=sum(len(choice.request.prompt) for choice in choices),
+        cached_tokens=sum(choice.num_cached for choice in choices),
+        completion_tokens=sum(choice.num_generated for choice in choices),
+    )
 
 
 def joined(pieces: Iterable[Piece]) -> Piece:

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import NoReturn
 
 import uvicorn
+from transformers import PreTrainedTokenizerBase
 
 from unspool.cli import INTERRUPTED
 from unspool.engine import Engine, EngineOptions
@@ -74,14 +75,14 @@ class ModelStart:
         Raises UserError when the directory holds no sound converted model, or there is no memory for the slots.
         """
         loaded, executor = open_executor(self.path, self.hardware)
-        engine = self._make_engine(executor)
+        engine = self._make_engine(executor, loaded.tokenizer)
         engine.start()
         served = ServedModel(self.name or loaded.name, loaded.tokenizer, loaded.eos_ids, loaded.sampling_defaults)
-        return Backend(served, engine, self.engine.max_slots, self.engine.max_queue)
+        return Backend(served, engine, engine.num_slots, self.engine.max_queue)
 
-    def _make_engine(self, executor: Executor) -> Engine:
+    def _make_engine(self, executor: Executor, tokenizer: PreTrainedTokenizerBase) -> Engine:
         try:
-            return Engine(executor, self.engine)
+            return Engine(executor, self.engine, tokenizer)
         except (RuntimeError, MemoryError) as error:  # PyTorch raises RuntimeError when it gets no memory
             slots, reason = self.engine.max_slots, (str(error).splitlines() or ["out of memory"])[0]
             raise UserError(f"cannot hold {slots} slots: {reason}; pass a smaller --max-slots") from error

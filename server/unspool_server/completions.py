@@ -18,6 +18,7 @@ from unspool_server.limits import (
     check_tokens,
 )
 from unspool_server.schemas import CompletionBody
+from unspool_server.security import owner_of
 from unspool_server.service import Backend, service_of
 from unspool_server.settings import ServerSettings
 from unspool_server.vocabulary import TextOffsets, finite
@@ -33,11 +34,11 @@ async def create_completion(request: Request) -> Response:
     backend = service.backend_of(body.model)
     check_prompt_count(len(body.prompt), service.settings)
     backend.generations.check_room(len(body.prompt))
-    answer = await service.prepare(prepare_completion, body, backend, service.settings)
+    answer = await service.prepare(prepare_completion, body, backend, service.settings, owner_of(request))
     return await respond(request, body, answer, backend.generations)
 
 
-def prepare_completion(body: CompletionBody, backend: Backend, settings: ServerSettings) -> Answer:
+def prepare_completion(body: CompletionBody, backend: Backend, settings: ServerSettings, owner: str) -> Answer:
     """Tokenises the prompts and checks what they ask for. Raises InvalidRequest."""
     reply = CompletionFormat(backend.model.name, backend.vocabulary, body.logprobs is not None)
     check_output_tokens(body.output_tokens(), settings)
@@ -54,6 +55,7 @@ def prepare_completion(body: CompletionBody, backend: Backend, settings: ServerS
             stop_ids=stop_ids,
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
+            owner=owner,
         )
         for index, prompt in enumerate(prompts)
     ]

@@ -5,6 +5,7 @@ import uuid
 from http import HTTPStatus
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from unspool_server.errors import ApiError, as_api_error
@@ -13,6 +14,10 @@ from unspool_server.keys import KeyRing
 PUBLIC_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+OWNER = "unspool.owner"
+"""Where a request's scope says whose it is."""
+ANYONE = "anyone"
+"""The owner of everything on a server without keys."""
 LOOPBACK_HOST = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
 
 
@@ -59,24 +64,34 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in PUBLIC_PATHS:
-            refusal = self._refusal(Headers(scope=scope))
-            if refusal is not None:
+            try:
+                scope[OWNER] = self._owner(Headers(scope=scope))
+            except ApiError as refusal:
                 await refusal.response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _refusal(self, headers: Headers) -> ApiError | None:
+    def _owner(self, headers: Headers) -> str:
+        """Whose request it is. Raises ApiError when nobody's."""
         if not self._keys:
             if self._loopback_only and not LOOPBACK_HOST.fullmatch(headers.get("host", "")):
                 message = "this server has no key and answers to localhost only; set one to use another name"
-                return ApiError(HTTPStatus.FORBIDDEN, message, "permission_error", code="host_not_allowed")
-            return None
+                raise ApiError(HTTPStatus.FORBIDDEN, message, "permission_error", code="host_not_allowed")
+            return ANYONE
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key:
-            return _unauthenticated("send a key: Authorization: Bearer KEY")
-        if not self._keys.accepts(key.strip().encode("latin-1")):
-            return _unauthenticated("the key is not valid")
-        return None
+            raise _unauthenticated("send a key: Authorization: Bearer KEY")
+        owner = self._keys.owner(key.strip().encode("latin-1"))
+        if owner is None:
+            raise _unauthenticated("the key is not valid")
+        return owner
+
+
+def owner_of(request: Request) -> str:
+    """Who sent a request that has passed `Authentication`."""
+    owner = request.scope[OWNER]
+    assert isinstance(owner, str)
+    return owner
 
 
 def _unauthenticated(message: str) -> ApiError:

@@ -8,6 +8,7 @@ import pytest
 from unspool.errors import UserError
 from unspool.flags import add_flags, from_flags
 from unspool.requests import SamplingParams
+from unspool.sizes import ByteSize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,7 @@ class Weaving:
     tight: bool = False
     seed: int | None = None
     output: Path | None = None
+    memory: ByteSize | None = None
     colours: tuple[str, ...] = field(default=(), metadata={"flag": False})
 
     def __post_init__(self) -> None:
@@ -39,7 +41,7 @@ def test_flags_that_are_not_given_leave_the_class_its_defaults() -> None:
 
 def test_every_type_is_read_from_its_annotation() -> None:
     words = "--threads 3 --tension 1e-2 --pattern-name plain --mode loom --level 2 --tight --seed -7 --output a/b"
-    assert parse(words.split()) == Weaving(
+    assert parse([*words.split(), "--memory", "1.5GiB"]) == Weaving(
         threads=3,
         tension=0.01,
         pattern_name="plain",
@@ -48,6 +50,7 @@ def test_every_type_is_read_from_its_annotation() -> None:
         tight=True,
         seed=-7,
         output=Path("a/b"),
+        memory=ByteSize(3 << 29),
     )
 
 
@@ -80,6 +83,7 @@ def test_fields_that_are_no_flags_are_given_as_values() -> None:
         (["--threads", "x"], "--threads: invalid int value: 'x'"),
         (["--threads", "1", "--mode", "foot"], "invalid choice: 'foot'"),
         (["--threads", "1", "--level", "3"], "invalid choice: 3"),
+        (["--threads", "1", "--memory", "2 cows"], "argument --memory: '2 cows' is not a size like 500MB or 2GiB"),
     ],
 )
 def test_a_bad_value_is_a_usage_error(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

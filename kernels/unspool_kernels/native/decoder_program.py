@@ -4,11 +4,11 @@ little more than the call itself."""
 import ctypes
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from unspool_kernels.logit_rows import LogitRows, logit_rows
 from unspool_kernels.native.decoder_state import check_state
 from unspool_kernels.native.decoder_weights import (
     ACTIVATIONS,
@@ -21,9 +21,6 @@ from unspool_kernels.native.decoder_weights import (
 )
 from unspool_kernels.native.library import Arguments, address, call, num_threads
 from unspool_kernels.native.packed import MatrixArgument, padded
-
-LogitRows = Literal["none", "last", "every"]
-"""Logits of no token, of every sequence's last one, or of every token."""
 
 _MATRIX = MatrixArgument()
 
@@ -143,7 +140,7 @@ class DecoderProgram:
         slots: Sequence[int],
         positions: Sequence[int],
         *,
-        want: LogitRows = "last",
+        want: LogitRows | Sequence[LogitRows] = "last",
         threads: int | None = None,
     ) -> Tensor:
         """Consumes each sequence's tokens, which begin at its position, and advances its slot of the state.
@@ -157,8 +154,8 @@ class DecoderProgram:
         starts = array("i", [0])
         for sequence in tokens:
             starts.append(starts[-1] + len(sequence))
-        wanted = {"none": [], "last": [end - 1 for end in starts[1:]], "every": range(len(flat))}[want]
-        rows, slot_index, position = array("i", wanted), array("i", slots), array("q", positions)
+        rows = array("i", logit_rows([len(sequence) for sequence in tokens], want))
+        slot_index, position = array("i", slots), array("q", positions)
         logits = torch.empty(len(rows), padded(self._weights.head.rows))
         arguments = _Decode(
             model=ctypes.pointer(self._model),
