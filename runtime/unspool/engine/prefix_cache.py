@@ -1,21 +1,20 @@
 """States at chosen places of prompts that were read, so that the next prompt that begins alike starts there."""
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
 from unspool.engine.token_tree import TOKEN_BYTES, TokenNode, TokenTree
+from unspool.greedy_dual import GreedyDual
 from unspool.requests import CacheMiss
 from unspool.state import SlotSnapshot
 
 MIN_TOKENS = 32
 """Reading fewer costs no more than copying a state does."""
 SMALLEST_RUNG = 128
-MAX_CHECKPOINTS = 1024
-"""Whatever their bytes: choosing the one to give up looks at each."""
 REMEMBERED = 64
 """Checkpoints given up that a miss may be put down to."""
 
@@ -32,12 +31,12 @@ class Checkpoint:
         return self.state.num_bytes + (self.logits.nbytes if self.logits is not None else 0)
 
 
-@dataclass(eq=False)
-class _Kept:
+class _Kept(NamedTuple):
     checkpoint: Checkpoint
     owner: str
-    clock: float
-    """The cache's clock when this was last of use."""
+
+
+_Node = TokenNode[_Kept]
 
 
 class PrefixMatch(NamedTuple):
@@ -53,8 +52,8 @@ class PrefixMatch(NamedTuple):
 class PrefixCache:
     """Checkpoints by the tokens that lead to them, a tree for every owner. Not thread-safe.
 
-    What gives way is what saves the least reading for its bytes and has not been of use for long (GreedyDual-Size, Cao
-    and Irani 1997, with the tokens since the checkpoint before it as the cost; Marconi, Pan et al. 2024, for states).
+    What gives way is what saves the least reading for its bytes and has not been of use for long: a checkpoint's cost
+    are the tokens since the one before it (as in Marconi, Pan et al. 2024).
     """
 
     def __init__(self, max_bytes: int, alignment: int = 1) -> None:
@@ -64,12 +63,11 @@ class PrefixCache:
         self._max_bytes = max_bytes
         self._alignment = alignment
         self._trees: dict[str, TokenTree[_Kept]] = {}
-        self._clock = 0.0
-        self._count = 0
+        self._worth: GreedyDual[_Node] = GreedyDual()
         self._given_up: collections.OrderedDict[tuple[str, int, int], None] = collections.OrderedDict()
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._worth)
 
     def match(self, owner: str, tokens: bytes) -> PrefixMatch:
         """What a prompt, four bytes a token, need not read. A checkpoint at its very end counts if it has logits."""
@@ -81,7 +79,7 @@ class PrefixCache:
             return PrefixMatch(None, 0, shared, self._reason(owner, tokens, 0, shared))
         node = usable[-1]
         assert node.value is not None
-        node.value.clock = self._clock
+        self._worth.use(node, _worth(node))
         reason = self._reason(owner, tokens, node.position, shared)
         return PrefixMatch(node.value.checkpoint, node.position, shared, reason)
 
@@ -112,18 +110,18 @@ class PrefixCache:
         """Keeps a checkpoint, unless it is larger than the whole cache; others may have to go."""
         if checkpoint.num_bytes > self._max_bytes:
             return
-        tree = self._trees.setdefault(owner, TokenTree())
-        node = tree.insert(tokens)
+        node = self._trees.setdefault(owner, TokenTree()).insert(tokens)
         if node.value is not None:
             self.num_bytes -= node.value.checkpoint.num_bytes
-            self._count -= 1
-        node.value = _Kept(checkpoint, owner, self._clock)
+        node.value = _Kept(checkpoint, owner)
         self.num_bytes += checkpoint.num_bytes
-        self._count += 1
-        while self.num_bytes > self._max_bytes or self._count > MAX_CHECKPOINTS:
+        self._worth.use(node, _worth(node))
+        for below in _next_with_values(node):
+            self._worth.revalue(below, _worth(below))
+        while self.num_bytes > self._max_bytes:
             self._give_up()
 
-    def _is_usable(self, node: TokenNode[_Kept], length: int) -> bool:
+    def _is_usable(self, node: _Node, length: int) -> bool:
         assert node.value is not None
         if node.position == length:
             return node.value.checkpoint.logits is not None
@@ -142,34 +140,43 @@ class PrefixCache:
 
     def _give_up(self) -> None:
         """Drops the least valuable checkpoint."""
-        nodes = (node for tree in self._trees.values() for node in tree.with_values())
-        node = min(nodes, key=_value)
-        kept = node.value
-        assert kept is not None
-        self._clock = max(self._clock, _value(node))
-        self.num_bytes -= kept.checkpoint.num_bytes
-        self._count -= 1
-        self._given_up[kept.owner, node.position, hash(_path(node))] = None
+        node = self._worth.give_up()
+        assert node.value is not None
+        checkpoint, owner = node.value
+        self.num_bytes -= checkpoint.num_bytes
+        self._given_up[owner, node.position, hash(_path(node))] = None
         if len(self._given_up) > REMEMBERED:
             self._given_up.popitem(last=False)
         node.value = None
-        tree = self._trees[kept.owner]
+        for below in _next_with_values(node):
+            self._worth.revalue(below, _worth(below))
+        tree = self._trees[owner]
         tree.prune(node)
         if tree.is_empty:
-            del self._trees[kept.owner]
+            del self._trees[owner]
 
 
-def _value(node: TokenNode[_Kept]) -> float:
-    """Tokens that would have to be read again, for a byte, on top of how late it was last of use."""
+def _worth(node: _Node) -> float:
+    """Tokens that would have to be read again without this checkpoint, for each of its bytes."""
     before = node.parent
     while before is not None and before.value is None:
         before = before.parent
     assert node.value is not None
-    saved = node.position - (before.position if before is not None else 0)
-    return node.value.clock + saved / node.value.checkpoint.num_bytes
+    return (node.position - (before.position if before is not None else 0)) / node.value.checkpoint.num_bytes
 
 
-def _path(node: TokenNode[_Kept]) -> bytes:
+def _next_with_values(node: _Node) -> Iterator[_Node]:
+    """The first nodes below it, on every branch, that have a checkpoint."""
+    below = list(node.children.values())
+    while below:
+        child = below.pop()
+        if child.value is not None:
+            yield child
+        else:
+            below.extend(child.children.values())
+
+
+def _path(node: _Node) -> bytes:
     edges = []
     while node.parent is not None:
         edges.append(node.edge)

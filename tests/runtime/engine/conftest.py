@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -56,6 +57,42 @@ class Answer:
     def end(self) -> FinishEvent:
         assert isinstance(self.events[-1], FinishEvent)
         return self.events[-1]
+
+
+class GatedExecutor:
+    """An executor that computes only as many calls as it is allowed, so that a test knows where its engine is."""
+
+    def __init__(self, executor: Executor) -> None:
+        self.config, self.shared_chunk, self.new_pool = executor.config, executor.shared_chunk, executor.new_pool
+        self._executor = executor
+        self._allowed = 0
+        self._waits = False
+        self._changed = threading.Condition()
+
+    def allow(self, calls: int = 1 << 60) -> None:
+        """Lets so many more calls through."""
+        with self._changed:
+            self._allowed += calls
+            self._waits = False
+            self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Returns when the engine has used up its calls and wants another."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._waits, timeout=60)
+
+    def logits(self, *arguments: object) -> torch.Tensor:
+        with self._changed:
+            self._waits = self._allowed == 0
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._allowed > 0)
+            self._allowed -= 1
+        return self._executor.logits(*arguments)
+
+
+@pytest.fixture
+def gated() -> type[GatedExecutor]:
+    return GatedExecutor
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unspool.engine.prefix_cache import MAX_CHECKPOINTS, MIN_TOKENS, Checkpoint, PrefixCache
+from unspool.engine.prefix_cache import MIN_TOKENS, Checkpoint, PrefixCache, _worth
 from unspool.engine.sequence import token_bytes
 from unspool.state import SlotSnapshot
 
@@ -126,12 +126,7 @@ def test_bytes_never_exceed_the_cap_and_every_answer_is_a_prefix(
         match = cache.match(owner, text(40))
         assert match.position == (match.checkpoint.state.position if match.checkpoint else 0) <= 40
     kept = [kept.value.checkpoint for tree in cache._trees.values() for kept in tree.with_values() if kept.value]
+    for tree in cache._trees.values():
+        for node in tree.with_values():
+            assert cache._worth._entries[node].value == pytest.approx(cache._worth._entries[node].since + _worth(node))
     assert cache.num_bytes == sum(each.num_bytes for each in kept) and len(cache) == len(kept)
-
-
-@pytest.mark.parametrize("states", [MAX_CHECKPOINTS + 50])
-def test_their_number_is_bounded_too(states: int) -> None:
-    cache = PrefixCache(2 * states * STATE_BYTES)
-    for number in range(states):
-        cache.add("a", token_bytes([number] * 40), checkpoint(40))
-    assert len(cache) == MAX_CHECKPOINTS

@@ -14,7 +14,7 @@ from unspool.executor import Executor
 from unspool.requests import GenerationRequest, SamplingParams, TokenEvent
 
 if TYPE_CHECKING:
-    from conftest import Answer
+    from conftest import Answer, GatedExecutor
 
     RequestOf = Callable[..., GenerationRequest]
     Run = Callable[..., list[Answer]]
@@ -52,21 +52,35 @@ def test_an_equal_prompt_is_not_read_again(
 
 
 def test_equal_prompts_in_flight_are_read_once(
-    executor: Executor, start_engine: Start, request_of: RequestOf, run: Run
+    executor: Executor,
+    gated: type[GatedExecutor],
+    start_engine: Start,
+    request_of: RequestOf,
+    new_answer: type[Answer],
 ) -> None:
-    engine = start_engine(executor, max_slots=4, prefill_chunk=16)
-    samples = [request_of(f"n{n}", 300, sampling=SamplingParams(seed=n)) for n in range(8)]
-    answers = run(engine, *samples)
+    gate = gated(executor)
+    engine = start_engine(gate, max_slots=4, prefill_chunk=16)
+    answers = [new_answer() for _ in range(8)]
+    for number, answer in enumerate(answers):
+        engine.submit(request_of(f"n{number}", 300, sampling=SamplingParams(seed=number)), answer)
+    gate.allow()
+    for answer in answers:
+        answer.finish()
     assert sorted(answer.prompt.cached_tokens for answer in answers) == [0, *[300] * 7]
     assert len({tuple(answer.tokens) for answer in answers}) > 1
 
 
 def test_prompts_that_part_are_read_together_up_to_there(
-    native: Executor, start_engine: Start, request_of: RequestOf, run: Run
+    native: Executor, gated: type[GatedExecutor], start_engine: Start, request_of: RequestOf, new_answer: type[Answer]
 ) -> None:
-    engine = start_engine(native, max_slots=4, prefill_chunk=16)
-    requests = [request_of(f"p{n}", 1, prompt=prompt((1, 300), (n + 2, 40))) for n in range(4)]
-    answers = run(engine, *requests)
+    gate = gated(native)
+    engine = start_engine(gate, max_slots=4, prefill_chunk=16)
+    answers = [new_answer() for _ in range(4)]
+    for number, answer in enumerate(answers):
+        engine.submit(request_of(f"p{number}", 1, prompt=prompt((1, 300), (number + 2, 40))), answer)
+    gate.allow()
+    for answer in answers:
+        answer.finish()
     assert sorted(answer.prompt.cached_tokens for answer in answers) == [0, 300, 300, 300]
 
 
@@ -104,13 +118,22 @@ def test_nothing_is_shared_between_owners_or_with_who_does_not_want_it(
 
 
 def test_who_follows_goes_on_alone_when_its_leader_is_cancelled(
-    native: Executor, start_engine: Start, request_of: RequestOf, run: Run, new_answer: type[Answer]
+    native: Executor,
+    gated: type[GatedExecutor],
+    start_engine: Start,
+    request_of: RequestOf,
+    run: Run,
+    new_answer: type[Answer],
 ) -> None:
-    engine = start_engine(native, max_slots=2, prefill_chunk=8)
+    gate = gated(native)
+    engine = start_engine(gate, max_slots=2, prefill_chunk=8)
     leader, follower = new_answer(), new_answer()
     engine.submit(request_of("leader", 3000), leader)
     engine.submit(request_of("follower", 3000), follower)
+    gate.allow(3)
+    gate.wait()
     engine.cancel("leader")
+    gate.allow()
     assert leader.finish().reason == "cancelled"
     assert follower.finish().reason == "length"
     (alone,) = run(engine, request_of("alone", 3000, use_cache=False))

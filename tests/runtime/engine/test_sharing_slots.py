@@ -12,7 +12,7 @@ from unspool.executor import Executor
 from unspool.requests import FinishEvent, GenerationRequest, InvalidRequest, SamplingParams
 
 if TYPE_CHECKING:
-    from conftest import Answer
+    from conftest import Answer, GatedExecutor
 
     RequestOf = Callable[..., GenerationRequest]
     Run = Callable[..., list[Answer]]
@@ -21,24 +21,33 @@ if TYPE_CHECKING:
 SAMPLED = SamplingParams(temperature=1.3, seed=5, frequency_penalty=0.5)
 
 
-@pytest.mark.parametrize("length", [3, 2000])
+@pytest.mark.parametrize("length", [3, 300])
 def test_who_is_moved_out_goes_on_with_the_same_bits(
-    executor: Executor, start_engine: Start, request_of: RequestOf, run: Run, new_answer: type[Answer], length: int
+    executor: Executor,
+    gated: type[GatedExecutor],
+    start_engine: Start,
+    request_of: RequestOf,
+    run: Run,
+    new_answer: type[Answer],
+    length: int,
 ) -> None:
     """Both while it decodes and while it reads."""
-    engine = start_engine(executor, max_slots=1, prefill_chunk=16, prefix_cache=0)
     patient = request_of("patient", length, priority=1, max_tokens=60, sampling=SAMPLED, logprobs=1)
-    (alone,) = run(engine, patient)
-    answer = new_answer()
+    (alone,) = run(start_engine(executor, max_slots=1, prefill_chunk=16, prefix_cache=0), patient)
+    gate, answer = gated(executor), new_answer()
+    engine = start_engine(gate, max_slots=1, prefill_chunk=16, prefix_cache=0)
     engine.submit(patient, answer)
-    if length == 3:
-        answer.next()
     for number in range(3):
-        (urgent,) = run(engine, request_of(f"urgent{number}", 5))
-        assert len(urgent.tokens) == 12
+        gate.allow(5)
+        gate.wait()
+        urgent = new_answer()
+        engine.submit(request_of(f"urgent{number}", 5), urgent)
+        gate.allow(1 + 12)  # one of the patient's, which was on its way
+        assert urgent.finish().reason == "length"
+    gate.allow()
     answer.finish()
     assert answer.events == alone.events
-    assert engine.statistics().preemptions >= 1
+    assert engine.statistics().preemptions == 3
 
 
 def test_equals_do_not_move_each_other_out(
@@ -50,9 +59,14 @@ def test_equals_do_not_move_each_other_out(
 
 
 def test_the_urgent_is_answered_before_those_that_came_first(
-    native: Executor, start_engine: Start, request_of: RequestOf, new_answer: type[Answer]
+    native: Executor,
+    gated: type[GatedExecutor],
+    start_engine: Start,
+    request_of: RequestOf,
+    new_answer: type[Answer],
 ) -> None:
-    engine = start_engine(native, max_slots=1)
+    gate = gated(native)
+    engine = start_engine(gate, max_slots=1)
     order: list[str] = []
 
     def note(event: object) -> None:
@@ -64,6 +78,7 @@ def test_the_urgent_is_answered_before_those_that_came_first(
         engine.submit(request_of(f"patient{number}", 600, priority=5), note)
     engine.submit(request_of("last", 600, priority=9), last)
     engine.submit(request_of("urgent", 4), note)
+    gate.allow()
     last.finish()
     assert order[0] == "urgent" and len(order) == 4
 
