@@ -112,7 +112,7 @@ class LocalEngine:
 
     def __init__(self, loaded: LoadedModel, executor: Executor) -> None:
         self.loaded = loaded
-        self.engine = Engine(executor, EngineOptions(max_slots=1))
+        self.engine = Engine(executor, EngineOptions(max_slots=1), loaded.tokenizer)
 
     @classmethod
     def open(cls, path: str, options: LocalOptions) -> Self:
@@ -129,7 +129,10 @@ class LocalEngine:
     def generate(self, request: TextRequest) -> "TextGeneration":
         """Submits a request. Only one may run at a time. Raises InvalidRequest and EngineDead."""
         stream = TextStream(
-            self.loaded.tokenizer, request.stop, context=tuple(request.prompt) if request.mid_text else ()
+            self.loaded.tokenizer,
+            request.stop,
+            context=tuple(request.prompt) if request.mid_text else (),
+            min_tokens=request.sampling.min_tokens,
         )
         return TextGeneration(self.engine, stream, self.loaded.eos_ids, request)
 
@@ -147,7 +150,6 @@ class TextGeneration:
         self._last: FinishEvent | None = None
         self._ended = threading.Event()
         self._summary: GenerationSummary | None = None
-        self._pushed = 0
         engine.submit(
             GenerationRequest(
                 request_id=REQUEST_ID,
@@ -155,6 +157,8 @@ class TextGeneration:
                 max_tokens=request.max_tokens,
                 sampling=request.sampling,
                 stop_ids=stop_ids,
+                stop=tuple(request.stop),
+                continues_text=request.mid_text,
             ),
             self._receive,
         )
@@ -195,23 +199,18 @@ class TextGeneration:
         if not isinstance(event, TokenEvent):
             return ""
         self._first_token = self._first_token or time.perf_counter()
-        if event.token in self._stop_ids or self._stream.stopped:
+        if event.token in self._stop_ids:
             return ""
-        self._pushed += 1
-        piece = self._stream.push(event.token)
-        if self._stream.stopped:
-            self._engine.cancel(REQUEST_ID)
-        return piece
+        return self._stream.push(event.token)
 
     def _finish(self, event: FinishEvent) -> None:
         if event.reason == "error":
             raise EngineDead(event.error or "the engine failed")
         now = time.perf_counter()
         self._summary = GenerationSummary(
-            finish_reason="stop" if self._stream.stopped else event.reason,
+            finish_reason=event.reason,
             prompt_tokens=event.prompt_tokens,
-            # The engine may have run ahead of the stop string.
-            generated_tokens=self._pushed if self._stream.stopped else event.generated_tokens,
+            generated_tokens=event.generated_tokens,
             seconds=now - self._started,
             prompt_seconds=(self._first_token or now) - self._started,
         )

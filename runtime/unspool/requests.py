@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from unspool.constraint import Constraint
 from unspool.state import SlotSnapshot
 
 FinishReason = Literal["stop", "length", "cancelled", "expired", "error"]
@@ -99,9 +100,9 @@ _MAX_BYTES = {"json_schema": MAX_SCHEMA_BYTES, "regex": MAX_REGEX_BYTES, "gramma
 class StructuredOutput:
     """What form the generated text must have. Sizes are checked here; whether it makes sense, when it is compiled.
 
-    `value` is a JSON schema's text, a regular expression that the whole text matches, a grammar (Lark's or llama.cpp's
-    notation), or the strings to choose from; "json_object", any JSON object, has none. `parameter` is the request's
-    field that it came from: InvalidRequest names it, and never repeats the value.
+    `value` is a JSON schema's text, a regular expression that the whole text matches (Rust's syntax; \\d and \\w are
+    ASCII), a grammar (Lark's or llama.cpp's notation), or the strings to choose from; "json_object", any JSON object,
+    has none. `parameter` is the request's field that it came from: InvalidRequest names it, never the value.
     """
 
     kind: StructureKind
@@ -184,6 +185,11 @@ class GenerationRequest:
     """Tokens that end the generation; the one that does is reported in the last event."""
     stop: tuple[str, ...] = ()
     """Strings that end the generation with the token that completes one."""
+    continues_text: bool = False
+    """For stop strings: the text goes on where the prompt ends, rather than being one of its own, so that a space at
+    its beginning counts."""
+    constraint: Constraint | None = None
+    """What the generated text may be; the engine uses a copy. When nothing may follow, the generation ends."""
     logprobs: int | None = None
     """Report each generated token's log-probability and this many of the most likely ones. None reports nothing."""
     prompt_logprobs: int | None = None

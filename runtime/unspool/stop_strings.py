@@ -12,23 +12,29 @@ class StopScanner:
     complete at one character the longest. Raises InvalidRequest for an empty stop string.
     """
 
+    found: str | None = None
+    """The stop string that ended the text."""
+
     def __init__(self, stop: Sequence[str]) -> None:
         if not all(stop):
             raise InvalidRequest("stop", "stop strings must not be empty")
         self._matchers = [_Matcher(string) for string in stop]
         self._held = ""
-        self.stopped = False
 
-    def push(self, text: str) -> str:
-        """The text that is now certain to be before any stop string; "" once one was found."""
-        if self.stopped or not self._matchers:
-            return "" if self.stopped else text
+    def push(self, text: str, *, may_stop: bool = True) -> str:
+        """The text that is now certain to be before any stop string; "" once one was found.
+
+        Stop strings that end in this text do not count unless it `may_stop`.
+        """
+        if self.found or not self._matchers:
+            return "" if self.found else text
         buffer, seen = self._held + text, len(self._held)
         for character in text:
             seen += 1
-            if found := [matcher.length for matcher in self._matchers if matcher.advance(character)]:
-                self.stopped, self._held = True, ""
-                return buffer[: seen - max(found)]
+            complete = [matcher.string for matcher in self._matchers if matcher.advance(character)]
+            if complete and may_stop:
+                self.found, self._held = max(complete, key=len), ""
+                return buffer[: seen - len(self.found)]
         certain = len(buffer) - max(matcher.matched for matcher in self._matchers)
         self._held = buffer[certain:]
         return buffer[:certain]
@@ -43,21 +49,20 @@ class _Matcher:
     """Knuth, Morris and Pratt's search for one string, a character at a time."""
 
     def __init__(self, string: str) -> None:
-        self._string = string
+        self.string = string
         self._borders = _borders(string)
         self.matched = 0
-        """Characters at the end of the text that are the string's first ones; the most there are."""
-
-    @property
-    def length(self) -> int:
-        return len(self._string)
+        """Characters at the end of the text that are the string's first ones; the most there are, but not all."""
 
     def advance(self, character: str) -> bool:
         """Whether the string ends with this character."""
-        while self.matched and self._string[self.matched] != character:
+        while self.matched and self.string[self.matched] != character:
             self.matched = self._borders[self.matched - 1]
-        self.matched += self._string[self.matched] == character
-        return self.matched == len(self._string)
+        self.matched += self.string[self.matched] == character
+        ends = self.matched == len(self.string)
+        if ends:
+            self.matched = self._borders[-1]
+        return ends
 
 
 def _borders(string: str) -> list[int]:

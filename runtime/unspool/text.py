@@ -23,6 +23,7 @@ class TextStream:
     clean-up of spaces), cut before the first stop string. Where a byte-fallback tokenizer spells text in an invalid run
     of bytes, `decode` gives up the whole run; here the characters that were already complete stay.
     `context` are the tokens before the first: with them a text that goes on inside a sentence keeps its first space.
+    Stop strings do not count where they end in the text of the first `min_tokens` tokens.
     The work per token is bounded.
     """
 
@@ -32,10 +33,13 @@ class TextStream:
         stop: Sequence[str] = (),
         skip_special_tokens: bool = True,
         context: Sequence[int] = (),
+        min_tokens: int = 0,
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._scanner = StopScanner(stop)
+        self._min_tokens = min_tokens
+        self._num_tokens = 0
         # The decoder looks at a window that begins with tokens whose text is out already: a token's text can depend on
         # the one before it.
         self._window = [token for token in context[-CONTEXT_TOKENS:] if not self._is_silent(token)]
@@ -48,18 +52,24 @@ class TextStream:
     @property
     def stopped(self) -> bool:
         """Whether a stop string was found; all text before it has been returned, and no more will come."""
-        return self._scanner.stopped
+        return self._scanner.found is not None
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that was found."""
+        return self._scanner.found
 
     def push(self, token: int) -> str:
         """The text that has become certain with this token."""
         if self.stopped:
             return ""
+        self._num_tokens += 1
         text = self._decode([*self._window, token])
         if text == self._text and self._is_silent(token):
             return ""
         self._window.append(token)
         self._text = text
-        return self._scanner.push(self._take(text))
+        return self._scan(self._take(text))
 
     def finish(self) -> str:
         """The rest, now that no more tokens will come: an incomplete character is written as U+FFFD."""
@@ -67,7 +77,10 @@ class TextStream:
             return ""
         rest = self._text[len(self._shown) :]
         self._shown = self._text
-        return self._scanner.push(rest) + self._scanner.finish()
+        return self._scan(rest) + self._scanner.finish()
+
+    def _scan(self, text: str) -> str:
+        return self._scanner.push(text, may_stop=self._num_tokens > self._min_tokens)
 
     def _take(self, text: str) -> str:
         """The new certain text of the window; what comes out moves the window on."""
@@ -103,6 +116,30 @@ class TextStream:
         return not self._tokenizer.convert_ids_to_tokens(token) or bool(
             self._decode([token], skip_special_tokens=False)
         )
+
+
+class StopWatcher:
+    """Says at which token a text is complete by a stop string: where a TextStream with the same options finds it.
+
+    For the thread that generates, which needs no text: it costs nothing where there are no stop strings.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str],
+        skip_special_tokens: bool = True,
+        context: Sequence[int] = (),
+        min_tokens: int = 0,
+    ) -> None:
+        self._stream = TextStream(tokenizer, stop, skip_special_tokens, context, min_tokens) if stop else None
+
+    def push(self, token: int) -> str | None:
+        """The stop string that is complete with this token or was before."""
+        if self._stream is None:
+            return None
+        self._stream.push(token)
+        return self._stream.stop_string
 
 
 def _complete_length(text: str) -> int:

@@ -50,10 +50,11 @@ def prepare_chat(body: ChatBody, backend: Backend, settings: ServerSettings, own
         max_tokens=max_tokens,
         sampling=body.sampling(backend.model.sampling_defaults),
         stop_ids=body.stop_ids(backend.model.eos_ids),
+        stop=tuple(body.stop),
         logprobs=body.num_logprobs(),
         owner=owner,
     )
-    stream = TextStream(tokenizer, body.stop)
+    stream = TextStream(tokenizer, body.stop, min_tokens=request.sampling.min_tokens)
     return Answer([Choice(0, request, stream, TextOffsets(backend.vocabulary))], reply)
 
 

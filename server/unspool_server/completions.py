@@ -53,6 +53,8 @@ def prepare_completion(body: CompletionBody, backend: Backend, settings: ServerS
             max_tokens=body.output_tokens(),
             sampling=sampling,
             stop_ids=stop_ids,
+            stop=tuple(body.stop),
+            continues_text=True,
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
             owner=owner,
@@ -73,7 +75,9 @@ def _tokens(prompt: Prompt, backend: Backend, settings: ServerSettings) -> tuple
 
 def _choice(index: int, request: GenerationRequest, body: CompletionBody, backend: Backend) -> Choice:
     echo = _echo(body.prompt[index], request.prompt, backend) if body.echo else ""
-    stream = TextStream(backend.model.tokenizer, body.stop, context=request.prompt)
+    stream = TextStream(
+        backend.model.tokenizer, body.stop, context=request.prompt, min_tokens=request.sampling.min_tokens
+    )
     return Choice(index, request, stream, TextOffsets(backend.vocabulary, echo), echo)
 
 

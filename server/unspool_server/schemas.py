@@ -58,7 +58,7 @@ class GenerationBody(Strict):
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[TokenCount], Field(max_length=MAX_STOP_TOKENS)] | None = None
-    min_tokens: Annotated[Any, Only((0,))] = None
+    min_tokens: int | None = None
 
     @field_validator("stream_options")
     @classmethod

@@ -1,5 +1,6 @@
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,8 +35,10 @@ def draw(params: SamplingParams, logits: Tensor, count: int) -> list[int]:
 
 
 def kept_distribution(params: SamplingParams, logits: Tensor) -> Tensor:
-    tokens, shares = keep_likely(logits, params)
-    return torch.zeros(len(logits), dtype=torch.float64).index_put_((tokens,), shares / shares.sum())
+    tokens, weights = keep_likely(logits.numpy(), params)
+    shares = torch.zeros(len(logits), dtype=torch.float64)
+    shares[torch.from_numpy(tokens)] = torch.from_numpy(weights).double()
+    return shares / shares.sum()
 
 
 def warpers(params: SamplingParams) -> list[LogitsProcessor]:
@@ -137,7 +140,7 @@ def test_top_k_of_one_is_greedy(logits: Tensor, temperature: float, seed: int) -
 def test_a_choice_is_always_one_of_the_k_largest(logits: Tensor, params: SamplingParams) -> None:
     token = draw(params, logits, 1)[0]
     assert int((logits > logits[token]).sum()) < (params.top_k or len(logits))
-    assert len(keep_likely(logits, params)[0]) <= (params.top_k or len(logits))
+    assert len(keep_likely(logits.numpy(), params)[0]) <= (params.top_k or len(logits))
 
 
 @pytest.mark.parametrize(
@@ -200,8 +203,10 @@ def test_tokens_masked_with_minus_infinity_are_never_chosen() -> None:
 def test_logits_of_any_float_dtype_are_left_unchanged(dtype: torch.dtype) -> None:
     logits = random_logits(2).to(dtype)
     before = logits.clone()
-    params = SamplingParams(repetition_penalty=1.2, presence_penalty=0.5, logit_bias={3: 1.0}, top_p=0.9, seed=0)
-    sampler = Sampler(params, (1, 2), VOCAB)
+    params = SamplingParams(
+        repetition_penalty=1.2, presence_penalty=0.5, logit_bias={3: 1.0}, top_p=0.9, seed=0, min_tokens=2
+    )
+    sampler = Sampler(params, (1, 2), VOCAB, stop_ids=frozenset({7}))
     for _ in range(3):
         sampler.sample(logits)
     assert torch.equal(logits, before)
@@ -253,3 +258,53 @@ def test_the_smallest_repetition_penalty_keeps_logits_finite() -> None:
     logits = random_logits(0) * 1e30
     sampler = Sampler(SamplingParams(repetition_penalty=0.01, temperature=0), range(VOCAB), VOCAB)
     assert sampler.sample(logits) == int(logits.argmax())
+
+
+def test_of_equal_logits_top_k_and_top_p_keep_the_lower_ids() -> None:
+    logits = torch.tensor([1.0, 2.0, 2.0, 1.0, 2.0, 1.0])
+    for params in (SamplingParams(top_k=2), SamplingParams(top_p=0.4), SamplingParams(top_k=4, top_p=0.5)):
+        assert kept_distribution(params, logits).nonzero().squeeze(1).tolist() == [1, 2]
+    assert kept_distribution(SamplingParams(top_k=5), logits).nonzero().squeeze(1).tolist() == [0, 1, 2, 3, 4]
+
+
+RESUMED = [
+    SamplingParams(temperature=0, repetition_penalty=1.4, presence_penalty=0.3, frequency_penalty=0.7),
+    SamplingParams(temperature=1.3, top_p=0.95, seed=-5),
+    SamplingParams(temperature=1.3, repetition_penalty=1.4, frequency_penalty=0.7, seed=(1 << 63) - 1, min_tokens=6),
+    SamplingParams(),
+]
+
+
+@pytest.mark.parametrize("params", RESUMED)
+@pytest.mark.parametrize("done", [0, 1, 5, 9])
+def test_a_replayed_sampler_goes_on_as_the_first_did(params: SamplingParams, done: int) -> None:
+    rows = [random_logits(step, 30) for step in range(16)]
+    stop_ids = frozenset(range(10))
+    first = Sampler(params, (3, 5), 30, stop_ids=stop_ids)
+    tokens = [first.sample(row) for row in rows]
+    second = Sampler(replace(params, seed=first.seed), (3, 5), 30, stop_ids=stop_ids)
+    second.replay(tokens[:done])
+    assert [second.sample(row) for row in rows[done:]] == tokens[done:]
+
+
+def test_all_64_bits_of_a_seed_count() -> None:
+    logits = torch.zeros(1000)
+    seeds = (0, 1, 1 << 32, -1, 1 << 62, -(1 << 63))
+    assert len({tuple(draw(SamplingParams(seed=seed), logits, 4)) for seed in seeds}) == len(seeds)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_stop_ids_cannot_be_chosen_before_the_least_number_of_tokens(temperature: float) -> None:
+    logits = torch.zeros(20)
+    logits[[4, 9]] = 50.0
+    params = SamplingParams(temperature=temperature, min_tokens=3, seed=1)
+    sampler = Sampler(params, (4,), 20, stop_ids=frozenset({4, 9, 20, 10**6}))
+    tokens = [sampler.sample(logits) for _ in range(6)]
+    assert not {4, 9} & set(tokens[:3])
+    assert set(tokens[3:]) <= {4, 9}
+
+
+@pytest.mark.parametrize("min_tokens", [-1, 1.5, 1 << 21])
+def test_a_least_number_of_tokens_that_is_no_count_is_refused(min_tokens: Any) -> None:
+    with pytest.raises(InvalidRequest, match="min_tokens: must be a count between 0 and"):
+        SamplingParams(min_tokens=min_tokens)

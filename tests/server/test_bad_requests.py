@@ -66,7 +66,7 @@ BAD_COMPLETIONS: list[tuple[str, Any]] = [
     ("temperature", 10**400),
     ("seed", 10**400),
     ("stop_token_ids", [0] * 129),
-    ("min_tokens", 3),
+    ("min_tokens", 1_000_000),
     ("stream", "yes"),
     ("stream_options.unknown", {"unknown": 1}),
     ("stream_options", {"include_usage": True}),

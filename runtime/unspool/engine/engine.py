@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from unspool.constraint import ConstraintFailed
 from unspool.engine.options import EngineOptions
 from unspool.engine.scheduler import Scheduler
 from unspool.engine.sequence import EngineSequence, Piece
@@ -33,6 +34,8 @@ from unspool.requests import (
     TokenEvent,
 )
 from unspool.sampling import Sampler, token_logprobs
+from unspool.state import TensorSpec
+from unspool.text import StopWatcher
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +94,15 @@ class Engine:
     def state_bytes(self) -> int:
         """Bytes of all slots together."""
         return self._pool.num_bytes
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._executor.config.vocab_size)
+
+    @property
+    def state_specs(self) -> tuple[dict[str, TensorSpec], ...]:
+        """Each layer's tensors of one state."""
+        return self._pool.specs
 
     def statistics(self) -> EngineStatistics:
         with self._changed:
@@ -152,13 +164,24 @@ class Engine:
         return self.options.slots_for(self._executor.new_pool(1).num_bytes)
 
     def _sequence(self, request: GenerationRequest, sink: EventSink) -> EngineSequence:
+        constraint = request.constraint.fork() if request.constraint is not None else None
         return EngineSequence(
             request=request,
             sink=sink,
-            sampler=Sampler(request.sampling, request.prompt, self._executor.config.vocab_size),
+            sampler=Sampler(
+                request.sampling, request.prompt, self.vocab_size, stop_ids=request.stop_ids, constraint=constraint
+            ),
+            watcher=self._watcher(request),
             number=next(self._numbers),
             arrived=time.monotonic(),
         )
+
+    def _watcher(self, request: GenerationRequest) -> StopWatcher | None:
+        if not request.stop:
+            return None
+        assert self._tokenizer is not None, "check_request has seen to it"
+        context = request.prompt if request.continues_text else ()
+        return StopWatcher(self._tokenizer, request.stop, context=context, min_tokens=request.sampling.min_tokens)
 
     @torch.inference_mode()
     def _run(self) -> None:
@@ -242,14 +265,17 @@ class Engine:
         request = sequence.request
         try:
             token = sequence.sampler.sample(logits)
-        except FloatingPointError as error:  # this sequence's own numbers: the others go on
+        except (FloatingPointError, ConstraintFailed) as error:  # this sequence's own: the others go on
             self._finish(sequence, "error", str(error))
             return
         sequence.generated.append(token)
         scores = token_logprobs(logits, token, request.logprobs) if request.logprobs is not None else None
         self._send(sequence, TokenEvent(request.request_id, token, scores))
+        found = sequence.watcher.push(token) if sequence.watcher is not None else None
         if token in request.stop_ids:
             self._finish(sequence, "stop", stopped_by=token)
+        elif found is not None or sequence.sampler.finished:
+            self._finish(sequence, "stop", stopped_by=found)
         elif len(sequence.generated) >= request.max_tokens:
             self._finish(sequence, "length")
 

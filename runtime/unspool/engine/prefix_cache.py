@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from unspool.engine.token_tree import TOKEN_BYTES, TokenNode, TokenTree
+from unspool.engine.token_tree import TokenNode, TokenTree
 from unspool.greedy_dual import GreedyDual
 from unspool.requests import CacheMiss
 from unspool.state import SlotSnapshot
+from unspool.token_bytes import TOKEN_BYTES
 
 MIN_TOKENS = 32
 """Reading fewer costs no more than copying a state does."""

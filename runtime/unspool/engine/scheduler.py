@@ -8,11 +8,12 @@ from unspool.engine.options import EngineOptions
 from unspool.engine.prefill import next_chunk, next_pieces
 from unspool.engine.prefill_budget import PrefillBudget
 from unspool.engine.prefix_cache import MIN_TOKENS, Checkpoint, PrefixCache, PrefixMatch
-from unspool.engine.sequence import EngineSequence, Piece, token_bytes
+from unspool.engine.sequence import EngineSequence, Piece
 from unspool.engine.slots import Slots
-from unspool.engine.token_tree import TOKEN_BYTES, common_bytes
+from unspool.engine.token_tree import common_bytes
 from unspool.engine.waiting_line import WaitingLine
 from unspool.state import SlotSnapshot, StatePool
+from unspool.token_bytes import TOKEN_BYTES, pack_tokens
 
 
 class Scheduler:
@@ -95,7 +96,7 @@ class Scheduler:
             if sequence.request.keep_state or leaves_checkpoint:
                 state = self._slots.copy(sequence)
             if state is not None and leaves_checkpoint:
-                self._keep(sequence, sequence.tokens + token_bytes(sequence.generated[:-1]), state, None)
+                self._keep(sequence, sequence.tokens + pack_tokens(sequence.generated[:-1]), state, None)
         self._waiting.remove(sequence)
         self._leave(sequence)
         self._slots.take_back(sequence)

@@ -1,6 +1,5 @@
 """A request on its way through the engine."""
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -9,12 +8,9 @@ from torch import Tensor
 from unspool.requests import CacheMiss, EventSink, GenerationRequest, TokenLogprobs
 from unspool.sampling import Sampler
 from unspool.state import SlotSnapshot
+from unspool.text import StopWatcher
+from unspool.token_bytes import pack_tokens
 from unspool_kernels.logit_rows import LogitRows
-
-
-def token_bytes(tokens: Sequence[int]) -> bytes:
-    """Four bytes a token: what is compared, hashed and kept."""
-    return array("i", tokens).tobytes()
 
 
 @dataclass(eq=False)
@@ -24,6 +20,7 @@ class EngineSequence:
     request: GenerationRequest
     sink: EventSink
     sampler: Sampler
+    watcher: StopWatcher | None
     number: int
     """Its place among all requests, by arrival."""
     arrived: float
@@ -45,7 +42,7 @@ class EngineSequence:
     cancelled: bool = False
 
     def __post_init__(self) -> None:
-        self.tokens = token_bytes(self.request.prompt)
+        self.tokens = pack_tokens(self.request.prompt)
         wait = self.request.deadline
         self.deadline = float("inf") if wait is None else self.arrived + wait
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-TOKEN_BYTES = 4
+from unspool.token_bytes import TOKEN_BYTES
 
 Value = TypeVar("Value")
 

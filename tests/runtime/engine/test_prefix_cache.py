@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unspool.engine.prefix_cache import MIN_TOKENS, Checkpoint, PrefixCache, _worth
-from unspool.engine.sequence import token_bytes
 from unspool.state import SlotSnapshot
+from unspool.token_bytes import pack_tokens
 
 STATE_BYTES = 1000
 
@@ -19,7 +19,7 @@ def checkpoint(position: int, *, logits: bool = False) -> Checkpoint:
 
 def text(length: int, ending: int = 0, changed: int = 0) -> bytes:
     """Tokens that count; the last `changed` of them are all `ending`."""
-    return token_bytes([*range(length - changed), *[ending] * changed])
+    return pack_tokens([*range(length - changed), *[ending] * changed])
 
 
 def add(cache: PrefixCache, length: int, owner: str = "a", *, logits: bool = False) -> None:
@@ -55,7 +55,7 @@ def test_a_miss_says_why() -> None:
     add(cache, 100)
     assert cache.match("a", text(150, ending=9, changed=60)).miss == "diverged"
     assert cache.match("a", text(101)).miss is None
-    cache.add("a", token_bytes([5] * 300), checkpoint(300))
+    cache.add("a", pack_tokens([5] * 300), checkpoint(300))
     found = cache.match("a", text(150))
     assert (found.position, found.miss) == (0, "evicted")
     assert cache.match("b", text(150)).miss == "cold"
@@ -103,10 +103,10 @@ def test_what_saves_the_least_reading_goes_first() -> None:
 
 def test_what_was_long_of_no_use_goes_in_the_end_whatever_it_would_save() -> None:
     cache = PrefixCache(3 * STATE_BYTES)
-    cache.add("a", token_bytes([1] * 1000), checkpoint(1000))
+    cache.add("a", pack_tokens([1] * 1000), checkpoint(1000))
     for number in range(2, 200):
-        cache.add("a", token_bytes([number] * 100), checkpoint(100))
-    assert cache.match("a", token_bytes([1] * 1001)).checkpoint is None
+        cache.add("a", pack_tokens([number] * 100), checkpoint(100))
+    assert cache.match("a", pack_tokens([1] * 1001)).checkpoint is None
 
 
 def test_a_checkpoint_larger_than_the_cache_is_not_kept() -> None:

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unspool.engine.sequence import token_bytes
 from unspool.engine.token_tree import TokenTree, common_bytes
+from unspool.token_bytes import pack_tokens
 
 SEQUENCES = st.lists(st.integers(0, 2), min_size=1, max_size=12).map(tuple)
 
@@ -18,7 +18,7 @@ def common(first: tuple[int, ...], second: tuple[int, ...]) -> int:
 @given(SEQUENCES, SEQUENCES)
 def test_common_bytes_counts_whole_tokens(first: tuple[int, ...], second: tuple[int, ...]) -> None:
     # Neighbouring numbers share three of their four bytes.
-    assert common_bytes(token_bytes(first), token_bytes(second)) == 4 * common(first, second)
+    assert common_bytes(pack_tokens(first), pack_tokens(second)) == 4 * common(first, second)
 
 
 @given(st.lists(st.tuples(st.booleans(), SEQUENCES), max_size=40), SEQUENCES)
@@ -29,12 +29,12 @@ def test_a_walk_finds_every_value_on_its_way(
     kept = {}
     for adds, sequence in changes:
         if adds:
-            kept[sequence] = tree.insert(token_bytes(sequence))
+            kept[sequence] = tree.insert(pack_tokens(sequence))
             kept[sequence].value = sequence
         elif node := kept.pop(sequence, None):
             node.value = None
             tree.prune(node)
-    path, shared = tree.walk(token_bytes(probe))
+    path, shared = tree.walk(pack_tokens(probe))
     assert [node.value for node in path if node.value] == sorted(
         (sequence for sequence in kept if probe[: len(sequence)] == sequence), key=len
     )

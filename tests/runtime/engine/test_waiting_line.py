@@ -19,7 +19,7 @@ def make() -> Make:
 
     def sequence(arrived: float = 0.0, **fields: object) -> EngineSequence:
         request = GenerationRequest(request_id="", prompt=(1,), **fields)  # type: ignore[arg-type]
-        return EngineSequence(request, print, Sampler(SamplingParams(), (1,), 8), next(numbers), arrived)
+        return EngineSequence(request, print, Sampler(SamplingParams(), (1,), 8), None, next(numbers), arrived)
 
     return sequence
 
