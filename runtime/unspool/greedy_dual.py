@@ -34,6 +34,9 @@ class GreedyDual(Generic[Key]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, key: Key) -> bool:
+        return key in self._entries
+
     def use(self, key: Key, worth: float) -> None:
         """Notes that a thing is new or was of use; `worth` is its cost for each byte."""
         self._set(key, self._clock, worth)

@@ -160,6 +160,14 @@ class StatePool:
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for layer in self.layers for tensor in layer.values())
 
+    @property
+    def specs(self) -> tuple[dict[str, TensorSpec], ...]:
+        """Each layer's tensors for one slot."""
+        return tuple(
+            {name: TensorSpec(tuple(rows.shape[1:]), rows.dtype) for name, rows in layer.items()}
+            for layer in self.layers
+        )
+
     def clear(self, slot: int) -> None:
         """Zeroes a slot, so that nothing of its last sequence is left."""
         self.positions[slot] = 0
