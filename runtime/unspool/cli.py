@@ -25,6 +25,7 @@ SUMMARIES = {
     "generate": "continue a text",
     "chat": "talk to a model in the terminal",
     "serve": "answer the OpenAI HTTP API",
+    "sessions": "list, inspect, verify, export, import and clean up the sessions of a store",
     "bench": "measure speed and memory as ratios of one run",
     "doctor": "say what is installed, what is missing, and whether a model can be served",
 }

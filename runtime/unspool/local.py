@@ -17,7 +17,7 @@ from unspool.errors import UserError
 from unspool.executor import Executor, ExecutorOptions, choose_backend, make_executor
 from unspool.flags import add_flags, from_flags
 from unspool.loading import LoadedModel, load
-from unspool.quantization import BITS
+from unspool.quantization import BITS, PACKED_FORMATS
 from unspool.requests import EngineDead, EngineEvent, FinishEvent, GenerationRequest, SamplingParams, TokenEvent
 from unspool.text import TextStream
 
@@ -73,16 +73,30 @@ class GenerationSummary:
 
 
 def open_executor(path: str | Path, options: LocalOptions) -> tuple[LoadedModel, Executor]:
-    """Loads the model and what runs it; the executor owns its weights.
+    """Loads the model and what runs it; the executor owns its weights. Raises UserError as `load_for` and
+    `make_executor` do."""
+    loaded, options = load_for(path, options)
+    return loaded, make_executor(loaded.model, options)
 
-    A quantised checkpoint runs in its own format unless the options name a coarser one. Raises UserError as `load` and
-    `make_executor` do, and for a format finer than the checkpoint's.
+
+def load_for(path: str | Path, options: LocalOptions) -> tuple[LoadedModel, LocalOptions]:
+    """Loads the model, and returns the options with what its checkpoint decides: a quantised one runs in its own format
+    unless the options name a coarser one.
+
+    Raises UserError as `load` does, and for a format finer than the checkpoint's.
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     loaded = load(path, dtype=dtype, device=options.device)
-    return loaded, make_executor(loaded.model, _with_stored_format(loaded, options))
+    return loaded, _with_stored_format(loaded, options)
+
+
+def computed_format(loaded: LoadedModel, options: LocalOptions) -> str:
+    """The format of the weights that are computed with, of what `load_for` returned; a `StateIdentity` has it."""
+    if options.quant != "none":
+        return PACKED_FORMATS[options.quant]
+    return str(loaded.model.dtype).removeprefix("torch.")
 
 
 def _with_stored_format(loaded: LoadedModel, options: LocalOptions) -> LocalOptions:

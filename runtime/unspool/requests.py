@@ -188,6 +188,8 @@ class GenerationRequest:
     continues_text: bool = False
     """For stop strings: the text goes on where the prompt ends, rather than being one of its own, so that a space at
     its beginning counts."""
+    skip_special_tokens: bool = True
+    """For stop strings: they are looked for in a text without special tokens."""
     constraint: Constraint | None = None
     """What the generated text may be; the engine uses a copy. When nothing may follow, the generation ends."""
     logprobs: int | None = None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from unspool.bench.decode import add_decode
 from unspool.bench.kernels import add_kernels
 from unspool.bench.length import add_length
+from unspool.bench.serve_engine import add_serve_engine
 
 
 def add_bench(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
@@ -21,6 +22,11 @@ def add_bench(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
         "kernels": add_kernels(
             benchmarks.add_parser(
                 "kernels", help="a step of every kernel against the bytes that memory must move for it"
+            )
+        ),
+        "serve-engine": add_serve_engine(
+            benchmarks.add_parser(
+                "serve-engine", help="requests together, a long prompt beside them, sessions found again and forked"
             )
         ),
     }

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +17,7 @@ import torch
 
 from unspool import native
 from unspool.bench.bandwidth import Bandwidth, BandwidthMeter
-from unspool.bench.report import Bar, Column, Report, add_report_flags, check_report_flags, write_report
+from unspool.bench.report import Bar, Column, Report, add_report_flags, check_report_flags, draw_bars, write_report
 from unspool.bench.rivals import Rival, open_rival
 from unspool.errors import UserError
 from unspool.executor import DTYPE_FORMATS, NativeExecutor, Quant
@@ -267,7 +268,9 @@ def _report(rows: Sequence[DecodeRow], bandwidth: Bandwidth, against: str | None
         Bar(f"{row.quant}, position {row.context:,}", row.bytes_moved, row.share_of_bound * row.seconds, row.seconds)
         for row in rows
     ]
-    return Report(_columns(against), [row.record() for row in rows], facts, heading=[heading], bars=bars)
+    return Report(
+        _columns(against), [row.record() for row in rows], facts, heading=[heading], draw=partial(draw_bars, bars)
+    )
 
 
 def _columns(against: str | None) -> list[Column]:

@@ -6,6 +6,7 @@ Everything is measured in one process. The bound is the bandwidth just before or
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from unspool.bench.eager_cells import BATCH, CHANNELS, HEADS, STEPS, CellRace, race_cells
 from unspool.bench.kernel_cases import KernelCase, Step, kernel_cases
 from unspool.bench.machines import Cpu, Gpu, Machine
-from unspool.bench.report import Bar, Column, Report, add_report_flags, check_report_flags, write_report
+from unspool.bench.report import Bar, Column, Report, add_report_flags, check_report_flags, draw_bars, write_report
 from unspool.bench.tile_search import TileSearch, search_tiles
 from unspool.errors import UserError
 from unspool_kernels.contract import why_missing
@@ -160,7 +161,7 @@ def _report(
         for row in rows
     ]
     lines = [*_race_lines(races), *([] if tiles is None else [_tiles_line(tiles)]), *notes]
-    return Report(_COLUMNS, [row.record() for row in rows], facts, notes=lines, bars=bars)
+    return Report(_COLUMNS, [row.record() for row in rows], facts, notes=lines, draw=partial(draw_bars, bars))
 
 
 def _race_lines(races: Sequence[CellRace]) -> Iterator[str]:

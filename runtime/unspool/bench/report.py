@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +38,11 @@ class Bar(NamedTuple):
     seconds: float
 
 
+class Table(NamedTuple):
+    columns: Sequence[Column]
+    rows: Sequence[Row]
+
+
 @dataclass(frozen=True)
 class Report:
     """`rows` go into the JSON object as they are, beside `facts`. Lines of `heading` and `notes` surround the table."""
@@ -46,8 +51,11 @@ class Report:
     rows: Sequence[Row]
     facts: Mapping[str, Any]
     heading: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    """More of them, with rows of their own."""
     notes: Sequence[str] = ()
-    bars: Sequence[Bar] = field(default=())
+    draw: Callable[[Path], object] | None = None
+    """Writes the plot."""
 
 
 def add_report_flags(parser: argparse.ArgumentParser, *, plot: bool) -> None:
@@ -86,22 +94,29 @@ def write_report(report: Report, arguments: argparse.Namespace) -> None:
     if arguments.json not in (None, STDOUT):
         _replace(arguments.json, lambda file: file.write_text(record))
     if getattr(arguments, "plot", None) is not None:
-        _replace(arguments.plot, lambda file: _draw(report.bars, file))
+        assert report.draw is not None, "only benchmarks with a plot have the flag"
+        _replace(arguments.plot, report.draw)
 
 
 def table(report: Report) -> str:
-    """The heading, one line for every row under the columns' titles, and the notes."""
-    cells = [[column.title for column in report.columns]]
-    cells += [[column.text(row) for column in report.columns] for row in report.rows]
+    """The heading, one line for every row under the columns' titles, further tables, and the notes."""
+    lines = [*report.heading, *_lines(Table(report.columns, report.rows))]
+    for further in report.tables:
+        lines += ["", *_lines(further)]
+    return "\n".join([*lines, *([""] if report.tables else []), *report.notes]) + "\n"
+
+
+def _lines(table: Table) -> list[str]:
+    cells = [[column.title for column in table.columns]]
+    cells += [[column.text(row) for column in table.columns] for row in table.rows]
     longest = [max(map(len, texts)) for texts in zip(*cells, strict=True)]
-    lines = [
+    return [
         " ".join(
             text.rjust(column.width) if column.width else text.ljust(width)
-            for text, column, width in zip(line, report.columns, longest, strict=True)
+            for text, column, width in zip(line, table.columns, longest, strict=True)
         ).rstrip()
         for line in cells
     ]
-    return "\n".join([*report.heading, *lines, *report.notes]) + "\n"
 
 
 def _replace(file: Path, write: Callable[[Path], object]) -> None:
@@ -115,7 +130,7 @@ def _replace(file: Path, write: Callable[[Path], object]) -> None:
         raise UserError(f"cannot write {file}: {error.strerror}") from error
 
 
-def _draw(bars: Sequence[Bar], file: Path) -> None:
+def draw_bars(bars: Sequence[Bar], file: Path) -> None:
     """Two horizontal bars each, in GB/s: what the bound stands for, and what was reached with its share of that."""
     from matplotlib.figure import Figure  # optional, and slow to import
 

@@ -181,7 +181,9 @@ class Engine:
             return None
         assert self._tokenizer is not None, "check_request has seen to it"
         context = request.prompt if request.continues_text else ()
-        return StopWatcher(self._tokenizer, request.stop, context=context, min_tokens=request.sampling.min_tokens)
+        return StopWatcher(
+            self._tokenizer, request.stop, request.skip_special_tokens, context, request.sampling.min_tokens
+        )
 
     @torch.inference_mode()
     def _run(self) -> None:

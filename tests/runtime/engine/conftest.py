@@ -8,16 +8,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from tiny_model import VOCABULARY, tiny_model
 
-from unspool import UnspoolConfig, UnspoolForCausalLM
-from unspool.config import linearize_block
+from unspool import UnspoolForCausalLM
 from unspool.engine import Engine, EngineOptions
 from unspool.executor import Executor, NativeExecutor, TorchExecutor
-from unspool.mixer_spec import PRESETS
 from unspool.native import pack
 from unspool.requests import EngineEvent, FinishEvent, GenerationRequest, PromptEvent, SamplingParams, TokenEvent
-
-VOCABULARY = 64
 
 EXECUTORS: dict[str, Callable[[UnspoolForCausalLM], Executor]] = {
     "torch": TorchExecutor,
@@ -130,19 +127,7 @@ def run() -> Callable[..., list[Answer]]:
 
 @pytest.fixture(scope="session")
 def model() -> UnspoolForCausalLM:
-    torch.manual_seed(1)
-    config = UnspoolConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        initializer_range=0.4,
-        linearize=linearize_block("test", PRESETS["disjoint"].replace(window=8, far_bias=0.0), {}),
-    )
-    return UnspoolForCausalLM(config).eval()
+    return tiny_model()
 
 
 @pytest.fixture(scope="session", params=list(EXECUTORS))
