@@ -11,7 +11,7 @@ from unspool.store.interface import (
     StoreUnavailable,
 )
 from unspool.store.opening import open_store
-from unspool.store.state_file import ExpectedState, StateProvenance, pool_specs, read_state, write_state
+from unspool.store.state_file import ExpectedState, StateProvenance, read_state, write_state
 from unspool.store.state_layout import StateRejected
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "StoreUnavailable",
     "identity_of",
     "open_store",
-    "pool_specs",
     "read_state",
     "write_state",
 ]

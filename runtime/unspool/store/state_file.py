@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from unspool.state import LayerState, SlotSnapshot, StatePool, TensorSpec
+from unspool.state import LayerState, SlotSnapshot, TensorSpec
 from unspool.store.identity import StateIdentity
 from unspool.store.interface import Buffer, byte_view
 from unspool.store.state_layout import (
@@ -67,14 +67,6 @@ class ExpectedState:
     position: int | None = None
     owner: str | None = None
     log_digest: str | None = None
-
-
-def pool_specs(pool: StatePool) -> tuple[dict[str, TensorSpec], ...]:
-    """The tensors of one of the pool's slots, for `ExpectedState.layers`."""
-    return tuple(
-        {name: TensorSpec(tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in layer.items()}
-        for layer in pool.layers
-    )
 
 
 def write_state(

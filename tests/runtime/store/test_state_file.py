@@ -24,7 +24,6 @@ from unspool.store import (
     StateIdentity,
     StateProvenance,
     StateRejected,
-    pool_specs,
     read_state,
     write_state,
 )
@@ -94,7 +93,7 @@ def snapshot(pool: StatePool) -> SlotSnapshot:
 
 @pytest.fixture(scope="module")
 def expected(pool: StatePool) -> ExpectedState:
-    return ExpectedState(identity=IDENTITY, layers=pool_specs(pool))
+    return ExpectedState(identity=IDENTITY, layers=pool.specs)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +150,7 @@ def test_what_was_written_is_read(spec: MixerSpec, dtype: torch.dtype) -> None:
     for far_dtype in (None, dtype):
         pool, snapshot = filled(spec, dtype, far_dtype)
         data = write_state(snapshot, IDENTITY, PROVENANCE)
-        found, provenance = read_state(data, ExpectedState(identity=IDENTITY, layers=pool_specs(pool)))
+        found, provenance = read_state(data, ExpectedState(identity=IDENTITY, layers=pool.specs))
         assert_same(found, snapshot)
         assert provenance == PROVENANCE
         pool.restore(0, found)
@@ -162,7 +161,7 @@ def test_the_specs_of_a_pool_are_the_configuration_s() -> None:
     pool, _ = filled(SMALL.replace(bank=3), torch.float16, torch.float16)
     config = config_of(SMALL.replace(bank=3))
     wanted = [layer_state_specs(config, spec, torch.float16, torch.float16) for spec in config.mixer_specs()]
-    assert list(pool_specs(pool)) == wanted
+    assert list(pool.specs) == wanted
 
 
 @given(
@@ -180,7 +179,7 @@ def test_every_provenance_is_read_back(
     key = KEY if signed else None
     data = write_state(replace(snapshot, position=position), IDENTITY, provenance, key=key)
     asked = ExpectedState(
-        identity=IDENTITY, layers=pool_specs(pool), position=position, owner=labels[1], log_digest=labels[0]
+        identity=IDENTITY, layers=pool.specs, position=position, owner=labels[1], log_digest=labels[0]
     )
     found, read = read_state(memoryview(data), asked, key=key)
     assert (found.position, read) == (position, provenance)
@@ -204,7 +203,7 @@ def test_a_file_that_the_safetensors_library_writes_is_read(spec: MixerSpec, dty
     file = bytes(write_state(snapshot, IDENTITY, PROVENANCE, key=KEY))
     header, _ = split(file)
     rewritten = safetensors.torch.save(safetensors.torch.load(file), header["__metadata__"])
-    found, provenance = read_state(rewritten, ExpectedState(identity=IDENTITY, layers=pool_specs(pool)), key=KEY)
+    found, provenance = read_state(rewritten, ExpectedState(identity=IDENTITY, layers=pool.specs), key=KEY)
     assert_same(found, snapshot)
     assert provenance == PROVENANCE
 
