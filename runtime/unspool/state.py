@@ -185,8 +185,12 @@ class StatePool:
             for saved, layer in zip(snapshot.layers, self.layers, strict=True)
         )
 
-    def snapshot(self, slot: int) -> SlotSnapshot:
-        layers = tuple({name: tensor[slot].clone() for name, tensor in layer.items()} for layer in self.layers)
+    def snapshot(self, slot: int, device: torch.device | str | None = None) -> SlotSnapshot:
+        """A copy on the pool's own device, or on another."""
+        where = self.device if device is None else device
+        layers = tuple(
+            {name: tensor[slot].to(where, copy=True) for name, tensor in layer.items()} for layer in self.layers
+        )
         return SlotSnapshot(self.positions[slot], layers)
 
     def restore(self, slot: int, snapshot: SlotSnapshot) -> None:

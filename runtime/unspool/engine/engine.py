@@ -194,7 +194,7 @@ class Engine:
                     self._begin_decoding(sequence, logits)
                 for pieces in self._scheduler.calls():
                     self._compute(pieces)
-        except Exception as error:  # whatever it is, callers must learn that nothing more will come
+        except BaseException as error:  # whatever it is, callers must learn that nothing more will come
             logger.exception("the engine failed")
             self._failure = error
         finally:
@@ -267,13 +267,17 @@ class Engine:
         request = sequence.request
         try:
             token = sequence.sampler.sample(logits)
-        except (FloatingPointError, ConstraintFailed) as error:  # this sequence's own: the others go on
+            scores = token_logprobs(logits, token, request.logprobs) if request.logprobs is not None else None
+            found = sequence.watcher.push(token) if sequence.watcher is not None else None
+        except (FloatingPointError, ConstraintFailed) as error:
             self._finish(sequence, "error", str(error))
             return
+        except Exception as error:  # all of this is the sequence's own: the others go on
+            logger.exception("request %s failed", request.request_id)
+            self._finish(sequence, "error", f"choosing its next token failed: {type(error).__name__}")
+            return
         sequence.generated.append(token)
-        scores = token_logprobs(logits, token, request.logprobs) if request.logprobs is not None else None
         self._send(sequence, TokenEvent(request.request_id, token, scores))
-        found = sequence.watcher.push(token) if sequence.watcher is not None else None
         if token in request.stop_ids:
             self._finish(sequence, "stop", stopped_by=token)
         elif found is not None or sequence.sampler.finished:

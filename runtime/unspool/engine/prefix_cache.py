@@ -35,6 +35,8 @@ class Checkpoint:
 class _Kept(NamedTuple):
     checkpoint: Checkpoint
     owner: str
+    num_bytes: int
+    """With the tokens that lead to it, most of which it may share with others."""
 
 
 _Node = TokenNode[_Kept]
@@ -109,13 +111,17 @@ class PrefixCache:
 
     def add(self, owner: str, tokens: bytes, checkpoint: Checkpoint) -> None:
         """Keeps a checkpoint, unless it is larger than the whole cache; others may have to go."""
-        if checkpoint.num_bytes > self._max_bytes:
+        num_bytes = checkpoint.num_bytes + len(tokens)
+        if num_bytes > self._max_bytes:
             return
         node = self._trees.setdefault(owner, TokenTree()).insert(tokens)
         if node.value is not None:
-            self.num_bytes -= node.value.checkpoint.num_bytes
-        node.value = _Kept(checkpoint, owner)
-        self.num_bytes += checkpoint.num_bytes
+            if checkpoint.logits is None:  # the state is the one that is there, perhaps with logits
+                self._worth.use(node, _worth(node))
+                return
+            self.num_bytes -= node.value.num_bytes
+        node.value = _Kept(checkpoint, owner, num_bytes)
+        self.num_bytes += num_bytes
         self._worth.use(node, _worth(node))
         for below in _next_with_values(node):
             self._worth.revalue(below, _worth(below))
@@ -143,8 +149,8 @@ class PrefixCache:
         """Drops the least valuable checkpoint."""
         node = self._worth.give_up()
         assert node.value is not None
-        checkpoint, owner = node.value
-        self.num_bytes -= checkpoint.num_bytes
+        owner = node.value.owner
+        self.num_bytes -= node.value.num_bytes
         self._given_up[owner, node.position, hash(_path(node))] = None
         if len(self._given_up) > REMEMBERED:
             self._given_up.popitem(last=False)

@@ -30,6 +30,8 @@ class Scheduler:
         self._waiting = WaitingLine(options.ageing_seconds)
         self._budget = PrefillBudget(options.prefill_chunk, options.decode_interval_ms / 1000)
         self._chunk = options.prefill_chunk
+        # A cache that holds no state is no reason to copy one, or to wait for one.
+        self._is_caching = options.prefix_cache >= pool.num_bytes // pool.num_slots
         self._shared_chunk = shared_chunk
 
     @property
@@ -49,13 +51,42 @@ class Scheduler:
         """Lends slots, and moves out who must make room. Returns those whose whole prompt was in the cache, with the
         logits of its last token."""
         known = []
-        while sequence := self._waiting.first(now, _is_ready):
-            if not self._slots.num_free and not self._make_room(sequence):
-                break
-            logits = self._admit(sequence)
+        while sequence := self._next(now):
+            match = self._match(sequence)
+            if match is not None and self._follow(sequence, match):
+                continue
+            if not self._slots.num_free:
+                self._make_room(now)
+            sequence.level = self._waiting.level(sequence, now)
+            logits = self._admit(sequence, match)
             if logits is not None:
                 known.append((sequence, logits))
         return known
+
+    def _next(self, now: float) -> EngineSequence | None:
+        """Whose turn it is: anyone's if there is a free slot, else one's that may take the slot of another."""
+        if self._slots.num_free:
+            return self._waiting.first(now, _is_ready)
+        victim = self._victim()
+        if victim is None:
+            return None
+        return self._waiting.first(now, lambda one: _is_ready(one) and one.request.priority < victim.level)
+
+    def _victim(self) -> EngineSequence | None:
+        """The least important of those that have slots, the latest of several. None when as many are moved out as there
+        are slots: they take memory too."""
+        active = [*self.reading, *self.decoding]
+        if sum(sequence.parked is not None for sequence in self._waiting) >= len(active):
+            return None
+        return max(active, key=lambda sequence: (sequence.level, sequence.number))
+
+    def _make_room(self, now: float) -> None:
+        victim = self._victim()
+        assert victim is not None, "`_next` has found one"
+        self._leave(victim)
+        self._slots.park(victim)
+        self._waiting.put_back(victim, now)
+        self.num_preempted += 1
 
     def calls(self) -> list[list[Piece]]:
         """What to compute in this turn, each list in one call of the executor."""
@@ -100,12 +131,12 @@ class Scheduler:
         self._waiting.remove(sequence)
         self._leave(sequence)
         self._slots.take_back(sequence)
-        sequence.parked = None
+        sequence.parked = sequence.follows = None
         return state if sequence.request.keep_state else None
 
     def _leaves_checkpoint(self, sequence: EngineSequence) -> bool:
         """Whether a next turn that repeats this one's text could start from its end."""
-        return sequence.uses_cache and bool(self._shared_chunk) and len(sequence.generated) > MIN_TOKENS
+        return self._may_cache(sequence) and bool(self._shared_chunk) and len(sequence.generated) > MIN_TOKENS
 
     def _keep(self, sequence: EngineSequence, tokens: bytes, state: SlotSnapshot, logits: Tensor | None) -> None:
         own = logits.clone() if logits is not None else None  # not a view of what the whole call computed
@@ -116,35 +147,24 @@ class Scheduler:
             if sequence in stage:
                 stage.remove(sequence)
 
-    def _make_room(self, candidate: EngineSequence) -> bool:
-        """Moves out the least important sequence, the latest of several, if it matters less than the candidate.
+    def _match(self, sequence: EngineSequence) -> PrefixMatch | None:
+        """What the cache has for its prompt; None when it is not to be asked."""
+        if sequence.parked is not None or not self._may_cache(sequence):
+            return None
+        return self.cache.match(sequence.request.owner, sequence.tokens)
 
-        No more than there are slots: what has been moved out takes memory too.
-        """
-        active = [*self.reading, *self.decoding]
-        victim = max(active, key=lambda sequence: (sequence.request.priority, sequence.number), default=None)
-        parked = sum(sequence.parked is not None for sequence in self._waiting)
-        if victim is None or victim.request.priority <= candidate.request.priority or parked >= len(active):
-            return False
-        self._leave(victim)
-        self._slots.park(victim)
-        self._waiting.put_back(victim)
-        self.num_preempted += 1
-        return True
+    def _may_cache(self, sequence: EngineSequence) -> bool:
+        return sequence.uses_cache and self._is_caching
 
-    def _admit(self, sequence: EngineSequence) -> Tensor | None:
-        """Gives a sequence a slot, unless it should wait for one that is reading the same. Returns the logits of the
-        last token if its whole prompt was known."""
+    def _admit(self, sequence: EngineSequence, match: PrefixMatch | None) -> Tensor | None:
+        """Gives a sequence a slot. Returns the logits of the last token if its whole prompt was known."""
         if sequence.parked is not None:
             self._enter(sequence, sequence.parked)
             sequence.parked = None
             return None
-        if not sequence.uses_cache:
+        if match is None:
             sequence.cache_miss = "disabled"
             self._enter(sequence, sequence.request.start)
-            return None
-        match = self.cache.match(sequence.request.owner, sequence.tokens)
-        if self._follow(sequence, match):
             return None
         length = len(sequence.request.prompt)
         sequence.consumed = sequence.cached = match.position
@@ -155,6 +175,7 @@ class Scheduler:
 
     def _enter(self, sequence: EngineSequence, state: SlotSnapshot | None) -> None:
         self._waiting.remove(sequence)
+        sequence.follows = None
         self._slots.lend(sequence, state)
         if sequence.generated:
             self.decoding.append(sequence)
@@ -164,7 +185,7 @@ class Scheduler:
     def _follow(self, sequence: EngineSequence, match: PrefixMatch) -> bool:
         """Makes it wait for a sequence that is reading a prefix of its prompt, which then leaves a checkpoint there."""
         for leader in self.reading:
-            if not leader.uses_cache or leader.request.owner != sequence.request.owner:
+            if not self._may_cache(leader) or leader.request.owner != sequence.request.owner:
                 continue
             place = self._meeting_point(sequence, leader)
             if place >= match.position + MIN_TOKENS and place > leader.consumed:

@@ -24,7 +24,9 @@ class EngineSequence:
     number: int
     """Its place among all requests, by arrival."""
     arrived: float
-    """Seconds of the monotonic clock, as `deadline` is."""
+    """Seconds of the monotonic clock, as `queued` and `deadline` are."""
+    level: int = 0
+    """Its priority when it got its slot, raised by its waiting: only what is more urgent than that takes it away."""
     slot: int = -1
     consumed: int = 0
     """Tokens of the prompt that are read."""
@@ -43,6 +45,8 @@ class EngineSequence:
 
     def __post_init__(self) -> None:
         self.tokens = pack_tokens(self.request.prompt)
+        self.queued = self.arrived
+        """When its present waiting began."""
         wait = self.request.deadline
         self.deadline = float("inf") if wait is None else self.arrived + wait
 

@@ -24,7 +24,8 @@ class Slots:
             self.pool.restore(sequence.slot, state)
 
     def copy(self, sequence: EngineSequence) -> SlotSnapshot:
-        return self.pool.snapshot(sequence.slot)
+        """In the host's memory, wherever the pool is."""
+        return self.pool.snapshot(sequence.slot, device="cpu")
 
     def park(self, sequence: EngineSequence) -> None:
         """Moves a sequence's state out, so that another may have its slot."""

@@ -38,8 +38,9 @@ class WaitingLine:
         while len(self._computed) > MAX_OWNERS:
             self._computed.popitem(last=False)
 
-    def put_back(self, sequence: EngineSequence) -> None:
-        """One that had a slot and lost it."""
+    def put_back(self, sequence: EngineSequence, now: float) -> None:
+        """One that had a slot and lost it: its waiting begins anew."""
+        sequence.queued = now
         self._waiting[sequence.number] = sequence
 
     def remove(self, sequence: EngineSequence) -> None:
@@ -55,6 +56,14 @@ class WaitingLine:
         ready = filter(is_ready, self._waiting.values())
         return min(ready, key=lambda sequence: self._rank(sequence, now), default=None)
 
+    def level(self, sequence: EngineSequence, now: float) -> int:
+        """Its priority, raised by its waiting."""
+        return sequence.request.priority - math.floor((now - sequence.queued) / self._ageing_seconds)
+
     def _rank(self, sequence: EngineSequence, now: float) -> tuple[int, int, float, int]:
-        aged = sequence.request.priority - math.floor((now - sequence.arrived) / self._ageing_seconds)
-        return aged, self._computed.get(sequence.request.owner, 0), sequence.deadline, sequence.number
+        return (
+            self.level(sequence, now),
+            self._computed.get(sequence.request.owner, 0),
+            sequence.deadline,
+            sequence.number,
+        )

@@ -170,7 +170,13 @@ class LLM:
     def _open_sessions(self) -> SessionHost:
         options, path = self._options, self._loaded.path
         identity = identity_of(path, self._config, weight_format=self._weight_format, state_dtype=self._state_dtype)
-        store = open_store(os.fspath(options.store.store), max_bytes=options.store.store_bytes)
+        wanted = options.store
+        store = open_store(
+            os.fspath(wanted.store),
+            max_bytes=wanted.store_bytes,
+            cache_directory=Path(wanted.store_cache) if wanted.store_cache is not None else None,
+            cache_bytes=wanted.store_cache_bytes,
+        )
         return SessionHost(
             Sessions(self._engine, store, identity, options.sessions),
             self._preparer,

@@ -27,12 +27,17 @@ class StoreOptions:
     """`memory:`, a directory, `redis://`, `rediss://` or `s3://BUCKET/PREFIX`."""
     store_bytes: ByteSize = ByteSize(4 << 30)
     """What the store may hold."""
+    store_cache: str | Path | None = None
+    """A directory of this process's own, for copies of the states that a shared store holds."""
+    store_cache_bytes: ByteSize = ByteSize(4 << 30)
+    """What the copies may take."""
     owner: str = "local"
     """Of the sessions that are made and seen."""
 
     def __post_init__(self) -> None:
-        if self.store_bytes < 1:
-            raise InvalidRequest("store_bytes", "must be at least 1")
+        for name in ("store_bytes", "store_cache_bytes"):
+            if getattr(self, name) < 1:
+                raise InvalidRequest(name, "must be at least 1")
 
 
 class LLMArguments(TypedDict, total=False):
@@ -56,6 +61,8 @@ class LLMArguments(TypedDict, total=False):
     lease_seconds: int
     store: str | Path
     store_bytes: Size
+    store_cache: str | Path | None
+    store_cache_bytes: Size
     owner: str
 
 

@@ -3,22 +3,27 @@
 import json
 import re
 import time
+import uuid
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from unspool.requests import InvalidRequest
+from unspool.sessions.turn import Turn
 from unspool.store import StoreCorrupt
 
 FORMAT = "unspool.session.1"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_SNAPSHOTS = 256
+STATES_OF_A_SNAPSHOT = 4
 REMEMBERED_RESULTS = 16
 
 
 def check_name(parameter: str, name: str) -> None:
     """Raises InvalidRequest unless it may name an owner, a session or a snapshot, and be a part of a store's key."""
     if not NAME.fullmatch(name):
-        raise InvalidRequest(parameter, "must be 1 to 64 letters, digits, dots, dashes or underscores, no dot first")
+        raise InvalidRequest(
+            parameter, "must be 1 to 64 letters, digits, dots, dashes or underscores, a letter or digit first"
+        )
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,17 @@ class SessionHead:
     snapshots: dict[str, NamedPlace] = field(default_factory=dict)
     results: dict[str, CommittedTurn] = field(default_factory=dict)
     """What turns with these idempotency keys came to, the latest last."""
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Its own for ever, unlike the id, which another session may have after it."""
     forked_from: str | None = None
-    owns_from: int = 0
-    """Turns that begin before this position belong to the session that this is a fork of."""
-    shared_until: int = 0
-    """Turns that begin before this position are used by forks."""
+    """The id of the session that this is a fork of; `origin` is its key."""
+    origin: str | None = None
     forks: int = 0
-    """Forks of this session that may still use its turns, at most."""
+    """Forks of this session that may still use its turns, at most: while there are any it deletes none."""
+    inherited_until: int = 0
+    """States before this position were its origin's, and those before `shared_until` are its forks' too. A state that
+    is deleted although another wants it costs that one a replay."""
+    shared_until: int = 0
     created: float = field(default_factory=time.time)
     updated: float = field(default_factory=time.time)
 
@@ -114,7 +123,6 @@ class SessionHead:
             generation=generation,
             states=states,
             results=results,
-            owns_from=min(self.owns_from, place.position),
             updated=time.time(),
         )
 
@@ -139,7 +147,11 @@ class SessionHead:
 
     def shares(self, state: TakenState) -> bool:
         """Whether another session may want the state too."""
-        return state.position < max(self.owns_from, self.shared_until)
+        return state.position < max(self.inherited_until, self.shared_until)
+
+    def may_delete(self, turn: Turn) -> bool:
+        """Whether nobody else uses a turn of its log."""
+        return turn.made_by == self.key and not self.forks
 
     def encode(self) -> bytes:
         return json.dumps({"format": FORMAT} | asdict(self)).encode()

@@ -14,7 +14,8 @@ class SessionOptions:
     """Raises InvalidRequest, naming the field, for a value out of range."""
 
     state_memory: ByteSize = field(
-        default=ByteSize(1 << 30), metadata={"help": "memory for states of sessions without a slot"}
+        default=ByteSize(1 << 30),
+        metadata={"help": "memory for states of sessions without a slot, beside up to nine that wait to be stored"},
     )
     max_turn_tokens: int = field(
         default=1 << 20, metadata={"help": "tokens that one turn may add, given and generated together"}

@@ -70,6 +70,16 @@ class SessionRecords:
             if name > after and (head := self._store.read_head(entry.key)) is not None:
                 yield SessionHead.decode(entry.key, head.value)
 
+    def put(self, key: str, value: bytes) -> None:
+        """Stores a turn that a head will name; states have to go when the store is full."""
+        while True:
+            try:
+                self._store.put(key, value)
+                return
+            except StoreFull:
+                if not self._make_room():
+                    raise
+
     def _read(self, owner: str, session: str, *, any_tokenizer: bool = False) -> tuple[SessionHead, int]:
         key = _key(owner, session)
         found = self._store.read_head(key)

@@ -1,7 +1,7 @@
 """The sessions of an engine: made, continued, forked, taken back, and found again after a crash."""
 
-import contextlib
 import itertools
+import logging
 import time
 import uuid
 from collections.abc import Iterable
@@ -9,8 +9,16 @@ from dataclasses import replace
 
 from unspool.engine import Engine
 from unspool.requests import InvalidRequest
-from unspool.sessions.errors import SessionConflict, SessionMismatch, SessionNotFound
-from unspool.sessions.head import MAX_SNAPSHOTS, LogPlace, NamedPlace, SessionHead, TakenState, check_name
+from unspool.sessions.errors import SessionConflict, SessionError, SessionNotFound
+from unspool.sessions.head import (
+    MAX_SNAPSHOTS,
+    STATES_OF_A_SNAPSHOT,
+    LogPlace,
+    NamedPlace,
+    SessionHead,
+    TakenState,
+    check_name,
+)
 from unspool.sessions.options import SessionOptions
 from unspool.sessions.records import SessionRecords
 from unspool.sessions.results import Place, Rollback, SessionInfo, TurnRequest, TurnResult
@@ -19,7 +27,9 @@ from unspool.sessions.state_tiers import StateTiers, TierStatistics
 from unspool.sessions.transfer import Importer, export_session, newest_state
 from unspool.sessions.turn_log import TurnLog, turn_key
 from unspool.sessions.turn_runner import RunningTurn, TurnRunner, TurnSink
-from unspool.store import ExpectedState, StateIdentity, Store
+from unspool.store import ExpectedState, StateIdentity, Store, StoreCorrupt, StoreFull, StoreUnavailable
+
+logger = logging.getLogger(__name__)
 
 MAX_LISTED = 1000
 
@@ -29,7 +39,8 @@ class Sessions:
     as if they were not there.
 
     Every method raises InvalidRequest for a malformed name, SessionNotFound, and what the store raises:
-    StoreUnavailable, StoreFull, StoreCorrupt. Whatever is raised, the session is as it was.
+    StoreUnavailable, StoreFull, StoreCorrupt. Whatever is raised, the session is as it was; only after StoreUnavailable
+    it may have changed, which reading it tells, or an idempotency key.
     """
 
     def __init__(
@@ -101,7 +112,8 @@ class Sessions:
             place=place,
             states=states,
             forked_from=origin.id,
-            owns_from=place.position,
+            origin=origin.key,
+            inherited_until=place.position,
         )
         self.records.create(fork)
         return SessionInfo.of(fork)
@@ -136,12 +148,16 @@ class Sessions:
         check_name("snapshot", name)
 
         def add(head: SessionHead) -> SessionHead:
-            snapshots = head.snapshots | {name: NamedPlace(*self._resolve(head, at), time.time())}
+            snapshots = head.snapshots | {name: self._named(head, at)}
             if len(snapshots) > MAX_SNAPSHOTS:
                 raise InvalidRequest("snapshot", f"a session has at most {MAX_SNAPSHOTS}; delete one")
             return replace(head, snapshots=snapshots)
 
         return SessionInfo.of(self.records.change(owner, session, add))
+
+    def _named(self, head: SessionHead, at: Place | None) -> NamedPlace:
+        place, states = self._resolve(head, at)
+        return NamedPlace(place, states[-STATES_OF_A_SNAPSHOT:], time.time())
 
     def delete_snapshot(self, owner: str, session: str, name: str) -> SessionInfo:
         def drop(head: SessionHead) -> SessionHead:
@@ -172,15 +188,20 @@ class Sessions:
             head = self.records.delete(owner, session)
         finally:
             self._runner.leave(owner, session)
-        self._forget(head, [state for state in head.wanted_states if not head.shares(state)])
-        for turn, _ in self.log.back_from(head.place):
-            if turn.start < max(head.owns_from, head.shared_until):
-                break
-            self.store.delete(turn_key(turn.id))
-        if head.forked_from is not None and not head.forks:
-            # A session that is gone, or is another model's by now, leaves what it shared to `collect`.
-            with contextlib.suppress(SessionNotFound, SessionMismatch):
-                self.records.change(owner, head.forked_from, SessionHead.without_fork)
+        self._tidy_up(head)
+
+    def _tidy_up(self, head: SessionHead) -> None:
+        """Deletes what a session leaves that is gone; whatever fails is left to `collect`."""
+        try:
+            self._forget(head, [state for state in head.wanted_states if not head.shares(state)])
+            for turn, _ in self.log.back_from(head.place):
+                if not head.may_delete(turn):
+                    break
+                self.store.delete(turn_key(turn.id))
+            if head.forked_from is not None and not head.forks:
+                self.records.change(head.owner, head.forked_from, lambda origin: _without_fork(origin, head))
+        except (SessionError, StoreUnavailable, StoreFull, StoreCorrupt) as error:
+            logger.warning("what session %s has left is to be collected later: %s", head.id, error)
 
     def statistics(self) -> TierStatistics:
         return self.tiers.statistics()
@@ -217,6 +238,11 @@ class Sessions:
         if place is None:
             raise SessionNotFound(f"the session has no such {given[0]}")
         return place, head.states_before(place.position)
+
+
+def _without_fork(origin: SessionHead, fork: SessionHead) -> SessionHead:
+    """Another session may have the id of the one that was forked."""
+    return origin.without_fork() if origin.key == fork.origin else origin
 
 
 def new_session_id() -> str:

@@ -1,7 +1,6 @@
 """Where a session's state is found again: in memory, or in the store; and how it gets there."""
 
 import collections
-import contextlib
 import hashlib
 import json
 import logging
@@ -14,6 +13,7 @@ from unspool.greedy_dual import GreedyDual
 from unspool.sessions.state_memory import StateKey, StateMemory
 from unspool.state import SlotSnapshot, TensorSpec
 from unspool.store import (
+    Entry,
     ExpectedState,
     StateIdentity,
     StateProvenance,
@@ -74,7 +74,7 @@ class StateTiers:
         self._layers = layers
         self._prefix = f"states/{_fingerprint(identity)}/"
         self._memory = StateMemory(max_memory)
-        self._stored = _StoredStates(store, self._prefix)
+        self._stored = _StoredStates(self._prefix)
         self._unwritten: collections.OrderedDict[str, tuple[StateKey, SlotSnapshot]] = collections.OrderedDict()
         self._counted = TierStatistics()
         self._changed = threading.Condition()
@@ -113,7 +113,7 @@ class StateTiers:
             self._changed.notify_all()
 
     def forget(self, keys: Sequence[StateKey]) -> None:
-        """Deletes states that nobody will ask for. Raises StoreUnavailable."""
+        """Deletes states that nobody will ask for; those that the store does not let go are left to `collect`."""
         with self._changed:
             for key in keys:
                 self._memory.remove(key)
@@ -122,13 +122,15 @@ class StateTiers:
                     del self._unwritten[line]
             self._is_given_up |= self._writing in keys
         for key in keys:
-            self._store.delete(self._store_key(key))
-            with self._changed:
-                self._stored.forget(self._store_key(key))
+            self._delete(self._store_key(key))
 
     def make_room(self) -> bool:
         """Deletes the stored state that is worth the least; False when there is none. Raises StoreUnavailable."""
         with self._changed:
+            is_listed = self._stored.is_listed
+        listed = [] if is_listed else list(self._store.list("states/"))
+        with self._changed:
+            self._stored.take_in(listed)
             victim = self._stored.give_up()
         if victim is None:
             return False
@@ -204,20 +206,22 @@ class StateTiers:
                 self._writing = key
             is_written = self._write(key, state)
             with self._changed:
-                if is_written and self._is_given_up:
-                    self._drop(key)
-                elif is_written:
+                is_given_up = self._is_given_up
+                if not is_written:
+                    self._counted.not_stored += 1
+                elif not is_given_up:
                     self._counted.stored += 1
                     self._memory.mark_stored(key)
-                else:
-                    self._counted.not_stored += 1
+            if is_given_up:
+                self._delete(self._store_key(key))
 
-    def _drop(self, key: StateKey) -> None:
-        """Deletes what was written while it was given up."""
-        name = self._store_key(key)
-        self._stored.forget(name)
-        with contextlib.suppress(StoreUnavailable):  # then it is left for `collect`
+    def _delete(self, name: str) -> None:
+        with self._changed:
+            self._stored.forget(name)
+        try:
             self._store.delete(name)
+        except Exception as error:  # whatever it is, a turn that is committed must not fail for it
+            logger.warning("%s is to be collected later: %s", name, error)
 
     def _write(self, key: StateKey, state: SlotSnapshot) -> bool:
         """Whether the store has the state now."""
@@ -245,11 +249,11 @@ class StateTiers:
 class _StoredStates:
     """Which stored state to delete first: another model's, then those of earlier runs, then by replay saved a byte."""
 
-    def __init__(self, store: Store, prefix: str) -> None:
-        self._store = store
+    def __init__(self, prefix: str) -> None:
         self._prefix = prefix
         self._worth: GreedyDual[str] = GreedyDual()
-        self._is_listed = False
+        self.is_listed = False
+        """Whether it knows of what others have stored, or an earlier run."""
 
     def use(self, name: str, position: int, num_bytes: int) -> None:
         self._worth.use(name, position / num_bytes)
@@ -259,18 +263,16 @@ class _StoredStates:
 
     def give_up(self) -> str | None:
         """None when there is nothing left to delete."""
-        if not self._is_listed:
-            self._list()
         try:
             return self._worth.give_up()
         except KeyError:
-            self._is_listed = False  # other processes may store some until the next time
+            self.is_listed = False  # other processes may store some until the next time
             return None
 
-    def _list(self) -> None:
-        """Takes in what others have stored, or an earlier run: how they were made is not known."""
-        self._is_listed = True
-        oldest_first = sorted(self._store.list("states/"), key=lambda entry: entry.created)
+    def take_in(self, listed: Sequence[Entry]) -> None:
+        """States whose making is not known: other models' first, then the oldest."""
+        self.is_listed = True
+        oldest_first = sorted(listed, key=lambda entry: entry.created)
         for age, entry in enumerate(oldest_first):
             if entry.key not in self._worth:
                 is_ours = entry.key.startswith(self._prefix)

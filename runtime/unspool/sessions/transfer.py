@@ -83,8 +83,8 @@ class Importer:
             verb = "differs" if len(different) == 1 else "differ"
             raise ImportRejected(f"made by another model: {', '.join(different)} {verb}")
         _check_tokens(export.tokens, vocabulary)
-        turns = _turns(export)
         head = SessionHead(id=session, owner=owner, tokenizer=expected.identity.tokenizer)
+        turns = _turns(export, head.key)
         if turns:
             head = replace(head, place=LogPlace(turns[-1].id, turns[-1].end, turns[-1].number))
         if export.state:
@@ -116,7 +116,7 @@ class Importer:
         try:
             for turn in turns[:-1]:
                 written.append(turn_key(turn.id))
-                self._store.put(written[-1], turn.encode())
+                self._records.put(written[-1], turn.encode())
             self._records.create(head, last)
         except (SessionExists, StoreFull):  # after any other error the head may be there
             for key in [*written, *last]:
@@ -124,7 +124,7 @@ class Importer:
             raise
 
 
-def _turns(export: SessionExport) -> list[Turn]:
+def _turns(export: SessionExport, made_by: str) -> list[Turn]:
     """The file's log as turns that nobody else has."""
     turns: list[Turn] = []
     before, start, parent = LogDigest(), 0, None
@@ -138,6 +138,7 @@ def _turns(export: SessionExport) -> list[Turn]:
                 tokens=tokens,
                 given=turn.given,
                 before=before,
+                made_by=made_by,
                 finish_reason=turn.finish_reason,
                 created=turn.created,
             )

@@ -31,6 +31,8 @@ class Turn:
     """How many of them were given; the rest were generated."""
     before: LogDigest
     """Of the log up to `start`."""
+    made_by: str
+    """The key of the session that added it: nobody else may delete it."""
     finish_reason: str
     created: float = field(default_factory=time.time)
     """Seconds since 1970 (UTC)."""
@@ -59,6 +61,7 @@ class Turn:
             "given": self.given,
             "chain": self.before.chain.hex(),
             "tail": self.before.tail.hex(),
+            "made_by": self.made_by,
             "finish_reason": self.finish_reason,
             "created": self.created,
         }
@@ -83,6 +86,7 @@ class Turn:
                 tokens=tokens,
                 given=header["given"],
                 before=LogDigest(header["start"], bytes.fromhex(header["chain"]), bytes.fromhex(header["tail"])),
+                made_by=header["made_by"],
                 finish_reason=header["finish_reason"],
                 created=header["created"],
             )

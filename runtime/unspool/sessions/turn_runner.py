@@ -1,6 +1,7 @@
 """Runs one turn of a session as a transaction: restore, read, generate, commit."""
 
 import concurrent.futures
+import logging
 import threading
 import time
 import uuid
@@ -32,6 +33,8 @@ from unspool.state import SlotSnapshot
 from unspool.store import Store
 from unspool.token_bytes import TOKEN_BYTES, pack_tokens, unpack_tokens
 
+logger = logging.getLogger(__name__)
+
 MAX_IDEMPOTENCY_KEY = 255
 COMMITTING_THREADS = 4
 
@@ -55,7 +58,7 @@ class _Start:
     def source(self) -> StateSource:
         if self.found is not None:
             return self.found.tier
-        return "replay" if self.head.states else "empty"
+        return "replay" if self.head.place.position else "empty"
 
 
 class RunningTurn:
@@ -64,6 +67,7 @@ class RunningTurn:
     def __init__(self, engine: Engine, turn: str) -> None:
         self.id = turn
         self.future: Future[TurnResult] = Future()
+        self.future.set_running_or_notify_cancel()  # so that who waits for it cannot cancel it, but only the turn
         self._engine = engine
 
     def cancel(self) -> None:
@@ -114,9 +118,13 @@ class TurnRunner:
                     raise EngineDead("the sessions are closed")
                 self._busy[owner, session] = turn
             self._submit(turn, start, request, sink)
-        except BaseException:
+        except BaseException as error:
             self.leave(owner, session)
+            if not turn.future.done():
+                turn.future.set_exception(error)  # `close` may be waiting for it
             raise
+        if self._closed:  # `close` came before the engine knew the turn
+            turn.cancel()
         return turn
 
     def enter(self, owner: str, session: str) -> None:
@@ -139,9 +147,14 @@ class TurnRunner:
                 raise busy
 
     def leave(self, owner: str, session: str) -> None:
-        if self._options.lease_seconds:
-            self._store.release(_lease_key(owner, session), self._holder)
-        self._release(owner, session)
+        """Ends what `enter` began. If the store is away, the lease ends by itself."""
+        try:
+            if self._options.lease_seconds:
+                self._store.release(_lease_key(owner, session), self._holder)
+        except Exception as error:
+            logger.warning("the lease of session %s was not given back: %s", session, error)
+        finally:
+            self._release(owner, session)
 
     def close(self) -> None:
         """Cancels the turns under way, and returns when those that had ended are committed."""
@@ -233,18 +246,11 @@ class TurnRunner:
                 raise TurnFailed(event.reason, event.error or f"the turn was {event.reason}; nothing of it was kept")
             result = self._commit(turn.id, start, request, generated, event)
         except BaseException as error:  # whoever waits must learn of it
-            self._leave_quietly(start.head)
+            self.leave(start.head.owner, start.head.id)
             turn.future.set_exception(error)
             return
-        self._leave_quietly(start.head)
+        self.leave(start.head.owner, start.head.id)
         turn.future.set_result(result)
-
-    def _leave_quietly(self, head: SessionHead) -> None:
-        """The store may be away; its lease then ends by itself."""
-        try:
-            self.leave(head.owner, head.id)
-        except Exception:
-            self._release(head.owner, head.id)
 
     def _commit(
         self, turn_id: str, start: _Start, request: TurnRequest, generated: tuple[int, ...], event: FinishEvent
@@ -259,6 +265,7 @@ class TurnRunner:
             tokens=added,
             given=len(request.tokens),
             before=start.before,
+            made_by=start.head.key,
             finish_reason=event.reason,
         )
         taken = self._take(start, turn, event.state)

@@ -8,16 +8,30 @@ from unspool.store.interface import InvalidKey, Store
 from unspool.store.memory import MemoryStore
 
 DEFAULT_PREFIX = "unspool"
+DEFAULT_CACHE_BYTES = 4 << 30
 MISSING = "is not installed: pip install 'unspool[cluster]'"
 
 
-def open_store(url_or_path: str, *, max_bytes: int, read_only: bool = False) -> Store:
+def open_store(
+    url_or_path: str,
+    *,
+    max_bytes: int,
+    read_only: bool = False,
+    cache_directory: Path | None = None,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
+) -> Store:
     """`memory:`, a directory or file URL, `redis://`, `rediss://` or `s3://BUCKET/PREFIX`. `read_only` is for opening a
-    directory beside the process that writes there; the shared stores need none of it.
+    directory beside the process that writes there; the shared stores need none of it. `cache_directory`, this
+    process's own, keeps copies of a shared store's states near, up to `cache_bytes`.
 
     Raises UserError for what is none of these, or cannot be opened.
     """
     parts = urlsplit(url_or_path)
+    if cache_directory is not None:
+        if parts.scheme not in ("redis", "rediss", "s3"):
+            raise UserError("cache_directory: only a shared store (redis://, s3://) has one; leave it out")
+        shared = open_store(url_or_path, max_bytes=max_bytes)
+        return _cached(cache_directory, cache_bytes, shared)
     if parts.scheme == "memory":
         return MemoryStore(max_bytes)
     if parts.scheme in ("redis", "rediss"):
@@ -29,6 +43,15 @@ def open_store(url_or_path: str, *, max_bytes: int, read_only: bool = False) -> 
             f"store: {parts.scheme}:// is no store; pass memory:, a directory, redis://, rediss:// or s3://"
         )
     return _open_directory(Path(unquote(parts.path) if parts.scheme == "file" else url_or_path), max_bytes, read_only)
+
+
+def _cached(directory: Path, cache_bytes: int, shared: Store) -> Store:
+    try:
+        from unspool.store.cached import CachedStore
+        from unspool.store.local import LocalStore
+    except ImportError as error:  # no flock
+        raise UserError("cache_directory: needs a POSIX system; leave it out") from error
+    return CachedStore(LocalStore(directory, cache_bytes, fsync=False), shared)
 
 
 def _open_directory(path: Path, max_bytes: int, read_only: bool) -> Store:

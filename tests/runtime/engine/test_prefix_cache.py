@@ -9,7 +9,9 @@ from unspool.engine.prefix_cache import MIN_TOKENS, Checkpoint, PrefixCache, _wo
 from unspool.state import SlotSnapshot
 from unspool.token_bytes import pack_tokens
 
-STATE_BYTES = 1000
+STATE_BYTES = 100_000
+ROOM = 20_000
+"""For the tokens that lead to states."""
 
 
 def checkpoint(position: int, *, logits: bool = False) -> Checkpoint:
@@ -27,7 +29,7 @@ def add(cache: PrefixCache, length: int, owner: str = "a", *, logits: bool = Fal
 
 
 def test_the_longest_checkpoint_on_the_way_is_found() -> None:
-    cache = PrefixCache(100_000)
+    cache = PrefixCache(10_000_000)
     for length in (50, 200, 120):
         add(cache, length)
     assert cache.match("a", text(180)).position == 120
@@ -36,7 +38,7 @@ def test_the_longest_checkpoint_on_the_way_is_found() -> None:
 
 
 def test_a_whole_prompt_is_found_only_with_the_logits_of_its_last_token() -> None:
-    cache = PrefixCache(100_000)
+    cache = PrefixCache(10_000_000)
     add(cache, 100)
     assert cache.match("a", text(100)).checkpoint is None
     add(cache, 100, logits=True)
@@ -44,13 +46,13 @@ def test_a_whole_prompt_is_found_only_with_the_logits_of_its_last_token() -> Non
 
 
 def test_owners_do_not_see_each_other() -> None:
-    cache = PrefixCache(100_000)
+    cache = PrefixCache(10_000_000)
     add(cache, 100, owner="a")
     assert cache.match("b", text(150)) == (None, 0, 0, "cold")
 
 
 def test_a_miss_says_why() -> None:
-    cache = PrefixCache(STATE_BYTES)
+    cache = PrefixCache(STATE_BYTES + ROOM)
     assert cache.match("a", text(100)).miss == "cold"
     add(cache, 100)
     assert cache.match("a", text(150, ending=9, changed=60)).miss == "diverged"
@@ -61,8 +63,15 @@ def test_a_miss_says_why() -> None:
     assert cache.match("b", text(150)).miss == "cold"
 
 
+def test_the_logits_of_a_prompt_outlive_an_answer_that_ends_there() -> None:
+    cache = PrefixCache(10_000_000)
+    add(cache, 100, logits=True)
+    add(cache, 100)
+    assert cache.match("a", text(100)).position == 100 and len(cache) == 1
+
+
 def test_checkpoints_are_wanted_at_the_end_at_branches_at_hints_and_on_a_ladder() -> None:
-    cache = PrefixCache(100_000)
+    cache = PrefixCache(10_000_000)
     add(cache, 400)
     match = cache.match("a", text(3000, ending=9, changed=2700))
     assert (match.position, match.shared) == (0, 300)
@@ -70,14 +79,14 @@ def test_checkpoints_are_wanted_at_the_end_at_branches_at_hints_and_on_a_ladder(
 
 
 def test_nothing_is_kept_that_saves_next_to_no_reading() -> None:
-    cache = PrefixCache(100_000)
+    cache = PrefixCache(10_000_000)
     add(cache, 400)
     assert cache.places(cache.match("a", text(400 + MIN_TOKENS - 1)), 400 + MIN_TOKENS - 1, hints=(405,)) == []
     assert cache.places(cache.match("b", text(20)), 20, hints=()) == []
 
 
 def test_with_an_alignment_only_multiples_serve_longer_prompts() -> None:
-    cache = PrefixCache(100_000, alignment=64)
+    cache = PrefixCache(10_000_000, alignment=64)
     match = cache.match("a", text(300))
     assert cache.places(match, 300, hints=(100,)) == [64, 128, 256, 300]
     add(cache, 300, logits=True)
@@ -89,7 +98,7 @@ def test_with_an_alignment_only_multiples_serve_longer_prompts() -> None:
 
 
 def test_what_saves_the_least_reading_goes_first() -> None:
-    cache = PrefixCache(3 * STATE_BYTES)
+    cache = PrefixCache(3 * STATE_BYTES + ROOM)
     for length in (1000, 1040, 500):
         add(cache, length)
     add(cache, 2000)
@@ -102,7 +111,7 @@ def test_what_saves_the_least_reading_goes_first() -> None:
 
 
 def test_what_was_long_of_no_use_goes_in_the_end_whatever_it_would_save() -> None:
-    cache = PrefixCache(3 * STATE_BYTES)
+    cache = PrefixCache(3 * STATE_BYTES + ROOM)
     cache.add("a", pack_tokens([1] * 1000), checkpoint(1000))
     for number in range(2, 200):
         cache.add("a", pack_tokens([number] * 100), checkpoint(100))
@@ -119,13 +128,14 @@ def test_a_checkpoint_larger_than_the_cache_is_not_kept() -> None:
 def test_bytes_never_exceed_the_cap_and_every_answer_is_a_prefix(
     changes: list[tuple[str, int, bool]], states: int
 ) -> None:
-    cache = PrefixCache(states * STATE_BYTES)
+    cap = states * (STATE_BYTES + 300)
+    cache = PrefixCache(cap)
     for owner, length, logits in changes:
         add(cache, length, owner, logits=logits)
-        assert cache.num_bytes <= states * STATE_BYTES
+        assert cache.num_bytes <= cap
         match = cache.match(owner, text(40))
         assert match.position == (match.checkpoint.state.position if match.checkpoint else 0) <= 40
-    kept = [kept.value.checkpoint for tree in cache._trees.values() for kept in tree.with_values() if kept.value]
+    kept = [kept.value for tree in cache._trees.values() for kept in tree.with_values() if kept.value]
     for tree in cache._trees.values():
         for node in tree.with_values():
             assert cache._worth._entries[node].value == pytest.approx(cache._worth._entries[node].since + _worth(node))

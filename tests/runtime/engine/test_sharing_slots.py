@@ -83,6 +83,62 @@ def test_the_urgent_is_answered_before_those_that_came_first(
     assert order[0] == "urgent" and len(order) == 4
 
 
+def test_who_has_waited_long_is_not_moved_out_again(
+    native: Executor,
+    gated: type[GatedExecutor],
+    start_engine: Start,
+    request_of: RequestOf,
+    new_answer: type[Answer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However many urgent requests come one after the other."""
+    clock = [0.0]
+    monkeypatch.setattr("unspool.engine.engine.time.monotonic", lambda: clock[0])
+    gate = gated(native)
+    engine = start_engine(gate, max_slots=1, ageing_seconds=10, prefix_cache=0)
+    first, patient = new_answer(), new_answer()
+    engine.submit(request_of("first", 5), first)
+    engine.submit(request_of("patient", 5, priority=3), patient)
+    clock[0] = 50.0
+    urgent = new_answer()
+    engine.submit(request_of("urgent", 5), urgent)
+    gate.allow()
+    assert patient.finish().reason == urgent.finish().reason == first.finish().reason == "length"
+    assert engine.statistics().preemptions == 0
+
+
+def test_the_urgent_one_passes_by_who_has_aged_but_may_take_no_slot(
+    native: Executor,
+    gated: type[GatedExecutor],
+    start_engine: Start,
+    request_of: RequestOf,
+    new_answer: type[Answer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("unspool.engine.engine.time.monotonic", lambda: clock[0])
+    gate = gated(native)
+    engine = start_engine(gate, max_slots=1, ageing_seconds=10, prefix_cache=0)
+    order: list[str] = []
+
+    def note(event: object) -> None:
+        if isinstance(event, FinishEvent):
+            order.append(event.request_id)
+
+    running = new_answer()
+    engine.submit(request_of("running", 5, priority=5, max_tokens=1000), running)
+    gate.allow(3)
+    gate.wait()
+    engine.submit(request_of("aged", 5, priority=9), note)
+    clock[0] = 200.0
+    engine.submit(request_of("urgent", 5, priority=0), note)
+    gate.allow(1 + 12)
+    gate.wait()
+    assert order == ["urgent"]
+    gate.allow()
+    assert running.finish().reason == "length"
+
+
 def test_a_request_that_still_waits_at_its_deadline_expires(
     native: Executor, start_engine: Start, request_of: RequestOf, new_answer: type[Answer]
 ) -> None:

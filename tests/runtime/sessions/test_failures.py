@@ -14,8 +14,8 @@ import torch
 from unspool.engine import Engine, EngineOptions
 from unspool.executor import Executor
 from unspool.requests import EngineBusy, EngineDead, SamplingParams
-from unspool.sessions import SessionBusy, SessionConflict, Sessions, TurnFailed, TurnRequest
-from unspool.store import StateIdentity, Store, StoreCorrupt, StoreFull, StoreUnavailable, open_store
+from unspool.sessions import Place, SessionBusy, SessionConflict, Sessions, TurnFailed, TurnRequest
+from unspool.store import Head, StateIdentity, Store, StoreCorrupt, StoreFull, StoreUnavailable, open_store
 from unspool.store.local import LocalStore
 from unspool.store.memory import MemoryStore
 
@@ -230,6 +230,47 @@ def test_a_full_engine_begins_nothing(executor: Executor, store: Store, identity
     assert sessions.generate("me", "c", turn(text(5))).generation == 1
     engine.shutdown()
     sessions.close()
+
+
+class Refusing(MemoryStore):
+    """Deletes nothing and gives back no lease, as a store that is away for that moment."""
+
+    def delete(self, key: str) -> None:
+        raise StoreUnavailable("away")
+
+    def release(self, key: str, holder: str) -> None:
+        raise StoreUnavailable("away")
+
+
+def test_what_is_committed_is_reported_whatever_tidying_up_comes_to(open_sessions: Open) -> None:
+    store = Refusing(1 << 26)
+    sessions = open_sessions(store, lease_seconds=60)
+    sessions.create("me", "s")
+    for number in range(12):  # states are thinned out meanwhile
+        assert sessions.append("me", "s", text(5, number)).generation == number + 1
+    assert sessions.rollback("me", "s", Place(turn=2)).position == 10
+    sessions.flush()
+    sessions.delete("me", "s")
+    assert sessions.list("me") == []
+
+
+def test_a_turn_that_could_not_begin_leaves_nothing_busy(open_sessions: Open) -> None:
+    class Failing(Refusing):
+        fails = False
+
+        def read_head(self, key: str) -> Head | None:
+            if self.fails:
+                raise StoreUnavailable("away")
+            return super().read_head(key)
+
+    store = Failing(1 << 26)
+    sessions = open_sessions(store, lease_seconds=60)
+    sessions.create("me", "s")
+    store.fails = True
+    with pytest.raises(StoreUnavailable):
+        sessions.append("me", "s", text(5))
+    store.fails = False
+    assert sessions.append("me", "s", text(5)).generation == 1
 
 
 def test_closing_cancels_what_is_under_way(store: Store, open_sessions: Open) -> None:

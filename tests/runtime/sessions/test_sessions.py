@@ -233,6 +233,30 @@ def test_a_session_whose_forks_are_gone_shares_nothing(sessions: Sessions, store
     assert len(list(store.list(""))) == before - 4  # two heads, a turn and its state
 
 
+def test_a_fork_that_went_back_and_forth_deletes_nothing_of_its_origin(sessions: Sessions) -> None:
+    sessions.create("me", "a")
+    for number in range(2):
+        sessions.append("me", "a", text(50, number))
+    sessions.fork("me", "a", new="f")
+    sessions.snapshot("me", "f", "end")
+    sessions.rollback("me", "f", Place(position=50))
+    sessions.rollback("me", "f", Place(snapshot="end"))
+    sessions.delete("me", "f")
+    assert log_of(sessions, "a") == text(50, 0) + text(50, 1)
+
+
+def test_an_id_that_is_used_again_has_nothing_to_do_with_forks_of_the_first(sessions: Sessions) -> None:
+    for fork in ("f1", "f2"):
+        sessions.create("me", "diary")
+        sessions.append("me", "diary", text(50))
+        sessions.fork("me", "diary", new=fork)
+        if fork == "f1":
+            sessions.delete("me", "diary")
+    sessions.delete("me", "f1")
+    sessions.delete("me", "diary")
+    assert log_of(sessions, "f2") == text(50)
+
+
 def test_one_writer_at_a_time(sessions: Sessions) -> None:
     sessions.create("me", "s")
     begun = threading.Event()

@@ -49,7 +49,7 @@ def compute(engine: Engine, prompt: tuple[int, ...], count: int) -> tuple[tuple[
 
 
 class Life(RuleBasedStateMachine):
-    """The model: each session's tokens after each of its turns, its generation, its snapshots."""
+    """The model: each session's tokens after each of its turns, its generation."""
 
     engine: Engine
     identity: StateIdentity
@@ -60,7 +60,6 @@ class Life(RuleBasedStateMachine):
         self.logs: dict[str, tuple[int, ...]] = {}
         self.ends: dict[str, list[int]] = {}
         self.generations: dict[str, int] = {}
-        self.snapshots: dict[str, dict[str, int]] = {}
         self.old_logs: dict[tuple[str, str], tuple[int, ...]] = {}
         self.count = 0
 
@@ -88,7 +87,7 @@ class Life(RuleBasedStateMachine):
         self.count += 1
         name = f"s{self.count}"
         self.sessions.create(OWNER, name)
-        self.logs[name], self.ends[name], self.generations[name], self.snapshots[name] = (), [0], 0, {}
+        self.logs[name], self.ends[name], self.generations[name] = (), [0], 0
         for tokens in turns:
             self.append(name, tokens)
         return name
@@ -120,8 +119,20 @@ class Life(RuleBasedStateMachine):
         self.sessions.fork(OWNER, name, Place(position=position), new=fork)
         self.logs[fork] = self.logs[name][:position]
         self.ends[fork] = [*(end for end in self.ends[name] if end < position), position]
-        self.generations[fork], self.snapshots[fork] = 0, {}
+        self.generations[fork] = 0
         return fork
+
+    @rule(target=names, name=names, restarts=st.booleans())
+    def export_and_import(self, name: str, restarts: bool) -> str:
+        exported = self.sessions.export(OWNER, name)
+        if restarts:
+            self.restart()
+        self.count += 1
+        copy = f"s{self.count}"
+        self.sessions.import_session(OWNER, exported, copy)
+        self.logs[copy], self.ends[copy] = self.logs[name], list(self.ends[name])
+        self.generations[copy] = self.sessions.info(OWNER, copy).generation
+        return copy
 
     @rule(name=names, data=st.data(), count=st.integers(1, 3))
     def go_back_and_try_again(self, name: str, data: st.DataObject, count: int) -> None:
@@ -157,7 +168,7 @@ class Life(RuleBasedStateMachine):
     def go_back_to_a_snapshot(self, name: str, label: str) -> None:
         if (name, label) not in self.old_logs:
             return
-        ends = self.sessions.fork(OWNER, name, Place(snapshot=label)).turns
+        ends = self.sessions.records.read(OWNER, name).snapshots[label].place.number
         rollback = self.sessions.rollback(OWNER, name, Place(snapshot=label))
         self.logs[name] = self.old_logs[name, label]
         # What the turns were that led there only the log knows.
@@ -171,7 +182,7 @@ class Life(RuleBasedStateMachine):
     @rule(name=consumes(names))
     def delete(self, name: str) -> None:
         self.sessions.delete(OWNER, name)
-        for known in (self.logs, self.ends, self.generations, self.snapshots):
+        for known in (self.logs, self.ends, self.generations):
             del known[name]
         self.old_logs = {key: log for key, log in self.old_logs.items() if key[0] != name}
 
