@@ -86,8 +86,8 @@ def test_a_dry_run_accounts_and_writes_nothing(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--max-shard-size", "big"], "'big' is not a size like 500MB or 2GB"),
-        (["--max-shard-size", "0"], "is not a size"),
+        (["--max-shard-size", "big"], "'big' is not a size like 500MB or 2GiB"),
+        (["--max-shard-size", "0"], "must be at least a byte"),
         (["--window", "3,4"], "'4' is neither a number nor"),
         (["--calibration-length", "0"], "is not a count"),
         (["--gate", "nope"], "invalid choice: 'nope'"),

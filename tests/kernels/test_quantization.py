@@ -27,7 +27,7 @@ weights = st.builds(
     st.integers(1, 40),
     st.integers(1, 100),
     st.integers(0, 10_000),
-    st.integers(-22, 10),
+    st.integers(-22, 9),  # at 100.0 float16 has no minimum for more
     st.sampled_from([0.0, 0.0, 3.0, 100.0]),
 )
 
