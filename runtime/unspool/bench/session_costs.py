@@ -1,7 +1,6 @@
 """What `unspool bench serve-engine` measures of sessions: finding one again, and forking it."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 from unspool.bench.engine_load import GREEDY
@@ -63,7 +62,3 @@ def measure_forks(sessions: Sessions, name: str, count: int, read_seconds: float
         "share_of_prefills": (forked - started) / (count * read_seconds),
         "share_with_first_tokens": (done - started) / (count * read_seconds),
     }
-
-
-def directory_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 from unspool.sessions.errors import SessionConflict, SessionExists, SessionMismatch, SessionNotFound
 from unspool.sessions.head import SessionHead, check_name
-from unspool.store import Store, StoreFull, StoreUnavailable
+from unspool.sessions.room import with_room
+from unspool.store import Store, StoreUnavailable
 
 MAX_ATTEMPTS = 16
 NOT_FOUND = "there is no such session; list yours to see what there is"
@@ -72,13 +73,7 @@ class SessionRecords:
 
     def put(self, key: str, value: bytes) -> None:
         """Stores a turn that a head will name; states have to go when the store is full."""
-        while True:
-            try:
-                self._store.put(key, value)
-                return
-            except StoreFull:
-                if not self._make_room():
-                    raise
+        with_room(lambda: self._store.put(key, value), self._make_room)
 
     def _read(self, owner: str, session: str, *, any_tokenizer: bool = False) -> tuple[SessionHead, int]:
         key = _key(owner, session)
@@ -96,17 +91,14 @@ class SessionRecords:
         """Whether the head was written, and not another's before it. Logs come before states: those have to go when
         the store is full. After a failure that may have come too late, what is there decides."""
         key, value = _key(head.owner, head.id), head.encode()
-        while True:
-            try:
-                return self._store.swap_head(key, version, value, objects) is not None
-            except StoreFull:
-                if not self._make_room():
-                    raise
-            except StoreUnavailable:
-                found = self._store.read_head(key)
-                if found is not None and found.value == value:
-                    return True
-                raise
+        try:
+            written = with_room(lambda: self._store.swap_head(key, version, value, objects), self._make_room)
+        except StoreUnavailable:
+            found = self._store.read_head(key)
+            if found is not None and found.value == value:
+                return True
+            raise
+        return written is not None
 
 
 def _is_taken(session: str) -> SessionExists:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
 from unspool.greedy_dual import GreedyDual
+from unspool.sessions.room import with_room
 from unspool.sessions.state_memory import StateKey, StateMemory
 from unspool.state import SlotSnapshot, TensorSpec
 from unspool.store import (
@@ -229,13 +230,7 @@ class StateTiers:
         try:
             provenance = StateProvenance(log_digest=key.digest, owner=key.owner)
             data = write_state(state, self._identity, provenance)
-            while True:
-                try:
-                    self._store.put(name, data)
-                    break
-                except StoreFull:
-                    if not self.make_room():
-                        raise
+            with_room(lambda: self._store.put(name, data), self.make_room)
             with self._changed:
                 self._stored.use(name, state.position, len(data))
             return True
